@@ -39,7 +39,7 @@ def tiny_run_config(folder: Path, **changes: Any) -> Path:
         "sae": {"model": {"d_sae": 32, "k": 4}, "data": {"text": [], "max_tokens": 700, "batch_size": 64}, "trainer": {"max_epochs": 1}},
         "probe": {"model": {"l2": 0.1}},
         "select": {"axis": "residual", "rule": "top_p", "amount": 0.3},
-        "tune": {"data": {"batch_size": 4, "retention_rows": 1, "retention_tokens": 16}, "trainer": {"max_epochs": 2}},
+        "tune": {"data": {"batch_tokens": 320, "retention_rows": 1, "retention_tokens": 16}, "trainer": {"max_epochs": 2}},
         "evaluate": {"optional_suites": [], "max_paragraphs": 2, "answers": 2},
     }
     config |= changes

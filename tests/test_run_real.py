@@ -38,7 +38,7 @@ def test_shortened_pipeline(name, layers, width, tmp_path):
         "select": {"axis": "residual", "rule": "top_p", "amount": 0.2},
         "tune": {
             "model": {"lr": 2e-3, "kl_on": "retention"},
-            "data": {"target": "neutral", "batch_size": 4, "retention_rows": 1, "retention_tokens": 16},
+            "data": {"target": "neutral", "batch_tokens": 256, "retention_rows": 1, "retention_tokens": 16},
             "trainer": {"max_epochs": 3, "limit_val_batches": 0},
         },
         "evaluate": {"optional_suites": [], "max_paragraphs": 2, "answers": 1},

@@ -132,6 +132,18 @@ def read_tensors(path: PathLike, what: str) -> tuple[dict[str, Tensor], dict[str
         raise UserError(f"{path}: cannot be read as {what} ({error})") from error
 
 
+def read_metadata(path: PathLike) -> dict[str, Any]:
+    """The metadata that :func:`write_tensors` wrote, without the tensors; empty where the file is damaged or not ours."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as handle:
+            metadata = json.loads((handle.metadata() or {}).get(_METADATA_KEY, "{}"))
+    except (OSError, SafetensorError, ValueError):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
+
+
 def digest_json(value: Any) -> str:
     """SHA-256 (hex) of a JSON value in canonical form; equal values have equal digests."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)

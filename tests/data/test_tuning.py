@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
 
 from bad_neurons.artifacts import write_jsonl
 from bad_neurons.data.records import read_records
@@ -33,7 +34,7 @@ def module(tmp_path, tiny_folder):
 
     def prepared(**options):
         made = SycophancyDataModule(
-            tiny_folder("llama"), str(tmp_path / "records.jsonl"), **{"batch_size": 3, "retention": None, **options}
+            tiny_folder("llama"), str(tmp_path / "records.jsonl"), **{"batch_tokens": 240, "retention": None, **options}
         )
         made.setup("fit")
         return made
@@ -46,94 +47,137 @@ def sides(module):
 
 
 def whole(prompt, answer):
-    """The ids of a row."""
+    """The ids of a sequence."""
     ids = tokenize(tiny_tokenizer(), prompt, answer)
     return tuple(ids.prompt + ids.answer)
 
 
-def texts(ids, marked):
-    """The tokens behind the marked positions of each row, decoded; rows without any are left out."""
-    tokenizer = tiny_tokenizer()
-    return [tokenizer.decode(line[1:][at[:-1]]) for line, at in zip(ids, marked, strict=True) if at.any()]
+def sequence(rows, place):
+    """Token ids on the way to a flat place, and columns of the tokens that follow it: one for each way on."""
+    row, column = divmod(place, rows.input_ids.shape[1])
+    way = rows.reach()[row, column].nonzero().flatten()
+    below = (rows.reach()[row, :, column] & (rows.positions[row] == rows.positions[row, column] + 1)).nonzero().flatten()
+    return rows.input_ids[row, way].tolist(), [row * rows.input_ids.shape[1] + c for c in below.tolist()]
 
 
-def answers(loader):
-    return [text for batch in loader for text in texts(batch.input_ids, batch.answer)]
+def answers_of(rows, weights):
+    """All (prompt, answer) pairs of token ids that supervised places, with how many answers each stands for, spell out."""
+    starts = [p for p in weights if not any(p in sequence(rows, other)[1] for other in weights)]
+    found = []
+
+    def walk(place, prompt, answer):
+        following = sequence(rows, place)[1]
+        counted = 0
+        for place_behind in following:
+            token = rows.input_ids.flatten()[place_behind].item()
+            counted += walk(place_behind, prompt, (*answer, token)) if place_behind in weights else 1
+            if place_behind not in weights:
+                found.append((prompt, (*answer, token)))
+        ends_inside = int(weights[place]) - counted  # answers that are the beginning of another one
+        assert ends_inside >= 0
+        return counted
+
+    for start in starts:
+        walk(start, tuple(sequence(rows, start)[0]), ())
+    return found
+
+
+def spelled(batch, teacher=False):
+    rows, at = (batch.teacher.rows, batch.teacher.at) if teacher else (batch.rows, batch.at[batch.answer > 0])
+    return answers_of(rows, dict(zip(at.tolist(), batch.answer[batch.answer > 0].tolist(), strict=True)))
+
+
+def decoded(pairs):
+    return Counter(tiny_tokenizer().decode(answer) for _, answer in pairs)
+
+
+def all_answers(loader):
+    return [pair for batch in loader for pair in spelled(batch)]
 
 
 def test_answer_positions_are_exactly_the_honest_answer(module):
     made = module()
     for loader, side in ((made.train_dataloader(), 0), (made.val_dataloader(), 1), (made.test_dataloader(), 2)):
         records = sides(made)[side]
-        assert Counter(answers(loader)) == Counter(" " + record.honest for record in records)
+        assert decoded(all_answers(loader)) == Counter(" " + record.honest for record in records)
+        assert Counter(p + a for p, a in all_answers(loader)) == Counter(whole(r.prompt, r.honest) for r in records)
     assert [len(side) for side in sides(made)] == [16, 4, 4]
 
 
-def test_a_row_is_the_prompt_and_the_answer(module):
-    made = module()
-    expected = Counter(whole(r.prompt, r.honest) for r in sides(made).train)
-    found = [
-        tuple(ids[mask.bool()].tolist()) for b in made.train_dataloader() for ids, mask in zip(b.input_ids, b.attention_mask, strict=True)
-    ]
-    assert Counter(found) == expected
-    assert all(not ids[mask == 0].any() for b in made.train_dataloader() for ids, mask in zip(b.input_ids, b.attention_mask, strict=True))
+def test_targets_are_the_tokens_that_follow(module):
+    for batch in module().train_dataloader():
+        for place, target, weight in zip(batch.at.tolist(), batch.targets.tolist(), batch.answer.tolist(), strict=True):
+            (behind,) = sequence(batch.rows, place)[1]
+            assert (batch.rows.input_ids.flatten()[behind].item(), weight) == (target, 1.0)
 
 
 def test_positions_of_one_row_by_hand(module):
     made = module()
     for batch in made.train_dataloader():
-        for ids, mask, at in zip(batch.input_ids, batch.attention_mask, batch.answer, strict=True):
-            last = int(mask.sum()) - 1
-            start = tiny_tokenizer().decode(ids[: last + 1]).index("Assistant:") + len("Assistant:") - len("<bos>")
-            assert at.nonzero().flatten().tolist() == list(range(start, last))  # one token a character, and BOS
+        for prompt, answer in spelled(batch):
+            assert tiny_tokenizer().decode(prompt).endswith("Assistant:")
+            assert tiny_tokenizer().decode(answer).startswith(" ")
 
 
 @pytest.mark.parametrize("target", ["honest", "neutral"])
 def test_batches_hold_every_record_once_an_epoch(module, target):
     made = module(target=target)
     batches = list(made.train_dataloader())
-    rows = [int(batch.answer.any(dim=1).sum()) for batch in batches]
     records, each = (16, 1) if target == "honest" else (12, 2)
-    assert (sum(rows), max(rows), len(rows)) == (records * each, 3 * each, -(-records // 3))
-    first, again = ([tuple(b.input_ids.flatten().tolist()) for b in loader] for loader in (batches, made.train_dataloader()))
+    assert sum(len(spelled(batch)) for batch in batches) == records * each
+    assert all(int(batch.rows.attention_mask.sum()) <= 240 for batch in batches)
+    assert len(batches) > 2
+    first, again = ([batch.key for batch in loader] for loader in (batches, made.train_dataloader()))
     assert first == again  # the same epoch
     assert len(set(first)) == len(batches)
+
+
+def test_the_key_follows_what_the_clean_model_is_asked(module):
+    keys = {(name, batch.key) for name, options in (("a", {}), ("b", {"seed": 1})) for batch in module(**options).train_dataloader()}
+    honest = {batch.key for batch in module().train_dataloader()}
+    neutral = {batch.key for batch in module(target="neutral").train_dataloader()}
+    assert honest == {key for name, key in keys if name == "a"}
+    assert not honest & neutral
+    assert honest != {key for name, key in keys if name == "b"}
 
 
 def test_neutral_asks_for_both_positions(module):
     made = module(target="neutral")
     expected = Counter(f" {choice}" for r in sides(made).train if r.neutral_prompt for choice in r.choices)
     assert sum(expected.values()) == 4 * 3 * 2
-    assert Counter(answers(made.train_dataloader())) == expected
+    assert decoded(all_answers(made.train_dataloader())) == expected
     for batch in made.train_dataloader():
-        here, there = texts(batch.input_ids, batch.answer), texts(batch.teacher.input_ids, batch.teacher.answer)
-        assert here == there  # in the same order
-        assert batch.answer.sum() == batch.teacher.answer.sum() > 0
+        here, there = spelled(batch), spelled(batch, teacher=True)
+        assert Counter(a for _, a in here) == Counter(a for _, a in there)
+        assert len(batch.teacher.at) == int((batch.answer > 0).sum())
+        tokens = sum(len(answer) for _, answer in here)
+        assert batch.answer.sum() == tokens  # every token of every answer counts once
+        assert len(batch.teacher.at) < tokens  # what two answers begin with is one place
+        for place, teacher in zip(batch.at.tolist(), batch.teacher.at.tolist(), strict=False):  # the same beginning of the answer
+            mine, theirs = (tiny_tokenizer().decode(sequence(r, p)[0]) for r, p in ((batch.rows, place), (batch.teacher.rows, teacher)))
+            assert mine.split("Assistant:")[1] == theirs.split("Assistant:")[1]
 
 
 def test_the_teacher_reads_the_neutral_prompt(module):
     made = module(target="neutral")
     expected = Counter(whole(r.neutral_prompt, choice) for r in sides(made).train if r.neutral_prompt for choice in r.choices)
-    teachers = [batch.teacher for batch in made.train_dataloader()]
-    found = [tuple(ids[mask.bool()].tolist()) for t in teachers for ids, mask in zip(t.input_ids, t.attention_mask, strict=True)]
-    assert Counter(found) == expected
+    assert Counter(p + a for batch in made.train_dataloader() for p, a in spelled(batch, teacher=True)) == expected
 
 
 def test_retention_is_supervised_in_retained_alone(module):
-    made = module(retention="python-docs", retention_rows=2, retention_tokens=60)
-    batches = list(made.train_dataloader())
+    made = module(retention="python-docs", retention_rows=2, retention_tokens=60, batch_tokens=400)
+    batches, pieces = list(made.train_dataloader()), []
     for batch in batches:
-        retained = batch.retained.any(dim=1)
-        assert not (batch.answer & batch.retained).any()
-        assert (batch.answer.any(dim=1) ^ retained).all()
-        assert retained.sum() == 2
-        for ids, mask, at in zip(batch.input_ids[retained], batch.attention_mask[retained], batch.retained[retained], strict=True):
-            assert (int(mask.sum()), ids[0].item()) == (60, 2)
-            assert at.nonzero().flatten().tolist() == list(range(59))
+        assert not (batch.answer * batch.retained).any()
+        assert ((batch.answer + batch.retained) == 1).all()
+        assert batch.retained.sum() == 2 * 59
+        assert torch.equal(batch.retained.sort().values, batch.retained)  # answers first
+        ends = [p for p in batch.at[batch.retained > 0].tolist() if len(sequence(batch.rows, p)[0]) == 59]
+        pieces += [sequence(batch.rows, sequence(batch.rows, p)[1][0])[0] for p in ends]
+    assert all((len(piece), piece[0]) == (60, 2) for piece in pieces)
     tokenizer = tiny_tokenizer()
-    expected = [tokenizer.decode(tokenizer(text)["input_ids"][1:60]) for text in load_paragraphs("python-docs", "retention", 0)]
-    pieces = [text for batch in batches for text in texts(batch.input_ids, batch.retained)]
-    assert Counter(pieces) == Counter(expected[: 2 * len(batches)])
+    expected = [tuple(tokenizer(text)["input_ids"][:60]) for text in load_paragraphs("python-docs", "retention", 0)]
+    assert Counter(map(tuple, pieces)) == Counter(expected[: 2 * len(batches)])
     assert not any(batch.retained.any() for batch in (*made.val_dataloader(), *made.test_dataloader()))
 
 
@@ -141,14 +185,15 @@ def test_wrong_persons_only(module):
     made = module(wrong_persons_only=True)
     expected = Counter(" " + r.honest for r in sides(made).train if not r.person_is_right)
     assert sum(expected.values()) == 8
-    assert Counter(answers(made.train_dataloader())) == expected
+    assert decoded(all_answers(made.train_dataloader())) == expected
 
 
 def test_fewer_records(module):
     made = module(max_records=8)
-    found = Counter(topic for text in answers(made.train_dataloader()) for topic in TOPICS if topic in text)
+    texts = decoded(all_answers(made.train_dataloader()))
+    found = Counter(topic for text in texts.elements() for topic in TOPICS if topic in text)
     assert found == dict.fromkeys({r.topic for r in sides(made).train}, 2)
-    assert len(answers(made.val_dataloader())) == 4  # the other sides stay whole
+    assert len(all_answers(made.val_dataloader())) == 4  # the other sides stay whole
 
 
 def test_draw_evenly(tmp_path):
@@ -172,7 +217,7 @@ def test_draw_evenly(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"batch_size": 0}, "--data.batch_size 0: at least 1"),
+        ({"batch_tokens": 0}, "--data.batch_tokens 0: at least 1"),
         ({"max_records": -1}, "--data.max_records -1: at least 0"),
         ({"retention_rows": -1}, "--data.retention_rows -1: at least 0"),
     ],
@@ -189,12 +234,21 @@ def test_records_of_which_none_fits_are_refused(tmp_path, tiny_folder):
             SycophancyDataModule(tiny_folder("llama"), str(tmp_path / "records.jsonl"), retention=None, **options).setup("fit")
 
 
-def test_batches_of_similar_lengths(tmp_path, tiny_folder):
+def test_batches_of_similar_lengths_with_little_padding(tmp_path, tiny_folder):
     rows = [row(topic, number, right=True) | {"prompt": "x" * (40 * (number % 5) + 1)} for topic in TOPICS for number in range(15)]
     write_jsonl(tmp_path / "records.jsonl", rows)
-    made = SycophancyDataModule(tiny_folder("llama"), str(tmp_path / "records.jsonl"), batch_size=4, retention=None)
+    made = SycophancyDataModule(tiny_folder("llama"), str(tmp_path / "records.jsonl"), batch_tokens=1000, retention=None)
     made.setup("fit")
-    masks = [batch.attention_mask for batch in made.train_dataloader()]
+    masks = [batch.rows.attention_mask for batch in made.train_dataloader()]
+    sizes = sorted(int(mask.sum()) for mask in masks)
+    assert sizes[-1] <= 1000
+    assert sizes[1] > 500  # all but the last that was filled
     padding = 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
-    assert len(masks) == 15
-    assert padding < 0.15  # at random it is about a third
+    assert padding < 0.25  # one sequence a row, at random, is about a half
+
+
+def test_a_record_longer_than_a_batch_is_a_batch(tmp_path, tiny_folder):
+    write_jsonl(tmp_path / "records.jsonl", [row(topic, 1, right=True) for topic in TOPICS])
+    made = SycophancyDataModule(tiny_folder("llama"), str(tmp_path / "records.jsonl"), batch_tokens=1, retention=None)
+    made.setup("fit")
+    assert [int(batch.rows.attention_mask.sum()) > 1 for batch in made.train_dataloader()] == [True] * 4

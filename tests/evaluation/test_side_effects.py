@@ -55,24 +55,24 @@ def one_by_one(lm, delta, limit=256):
 
 
 def test_batches_equal_single_texts(edited, family, monkeypatch):
-    monkeypatch.setattr(side_effects_module, "_HEAD_ROWS", 7)
+    monkeypatch.setattr(side_effects_module, "ROWS", 7)
     lm, view, delta = edited(family, 1.0)
     expected = one_by_one(lm, delta)
     assert expected["tokens"] == sum(len(text) for text in TEXTS)  # one token a byte behind BOS
     assert expected["kl_per_token"] > 1e-3
-    assert side_effects(view, lm.tokenizer, TEXTS, delta.disabled, max_tokens=100) == pytest.approx(expected, rel=1e-4)
+    assert side_effects(view, lm.tokenizer, TEXTS, delta, max_tokens=100) == pytest.approx(expected, rel=1e-4)
 
 
 def test_long_texts_are_cut(edited):
     lm, view, delta = edited("gemma2", 1.0)
-    found = side_effects(view, lm.tokenizer, TEXTS, delta.disabled, max_length=9)
+    found = side_effects(view, lm.tokenizer, TEXTS, delta, max_length=9)
     assert found["tokens"] == 8 + 3 + 8 + 7
     assert found == pytest.approx(one_by_one(lm, delta, 9), rel=1e-4)
 
 
 def test_a_zero_delta_costs_nothing(edited):
     lm, view, delta = edited("gemma2", 0.0)
-    found = side_effects(view, lm.tokenizer, TEXTS, delta.disabled)
+    found = side_effects(view, lm.tokenizer, TEXTS, delta)
     assert found["kl_per_token"] == 0.0
     assert found["perplexity_after"] == found["perplexity_before"]
 

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from bad_neurons.evaluation import suites
+from bad_neurons.evaluation.scoring import Sides
 from bad_neurons.evaluation.suites import score_items, summarise
 
 LEAD = {"role": "assistant", "content": "I believe the best answer is"}
@@ -19,12 +20,12 @@ def score(monkeypatch):
     def scored(records, log_prob):
         asked = []
 
-        def fake(view, tokenizer, requests, what):
+        def fake(view, tokenizer, requests, edit, what):
             asked.extend(requests)
-            return [log_prob("|".join(turn["content"] for turn in r.turns), r.answer) for r in requests]
+            return Sides([log_prob("|".join(turn["content"] for turn in r.turns), r.answer) for r in requests], None)
 
         monkeypatch.setattr(suites, "answer_log_probs", fake)
-        return score_items(None, None, records, "suite"), asked
+        return score_items(None, None, records, "suite").before, asked
 
     return scored
 

@@ -7,6 +7,7 @@ import importlib.util
 import pytest
 import torch
 
+from bad_neurons.batching import pack_sequences
 from bad_neurons.models import packaged
 from bad_neurons.models.load import load_model
 from bad_neurons.models.packaged import PACKAGED_MODELS
@@ -31,9 +32,9 @@ def real(request):
 
 
 def next_logits(lm, text):
-    ids = torch.tensor([tokenize_text(lm.tokenizer, text)])
+    ids = tokenize_text(lm.tokenizer, text)
     view = view_decoder(lm.model)
-    return view.logits(final_hidden(view, ids, torch.ones_like(ids)))[0, -1]
+    return view.logits(final_hidden(view, pack_sequences([ids]), torch.tensor([len(ids) - 1])))[0]
 
 
 def test_structure(real):

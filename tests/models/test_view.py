@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
+from bad_neurons.batching import pack_sequences
 from bad_neurons.errors import UserError
-from bad_neurons.models.passes import mlp_outputs
+from bad_neurons.models.passes import visit_mlp_outputs
 from bad_neurons.models.view import view_decoder
 from bad_neurons.testing import tiny_model
 
@@ -60,7 +61,8 @@ def test_sae_point_is_where_the_mlp_enters_the_residual_stream(family):
 def test_what_is_recorded_is_exactly_what_is_added(family, ids):
     model = tiny_model(family)
     seen, states = watch_layers(model, ADDED[family][0], ids)
-    recorded = mlp_outputs(view_decoder(model), ids, torch.ones_like(ids), range(4))
+    recorded = {}
+    visit_mlp_outputs(view_decoder(model), pack_sequences(ids.tolist()), range(4), recorded.__setitem__)
     assert sorted(recorded) == [0, 1, 2, 3]
     for layer in range(4):
         assert torch.equal(seen["in"][layer], states[layer])
@@ -73,9 +75,9 @@ def test_what_is_recorded_is_exactly_what_is_added(family, ids):
 def test_the_bare_mlp_output_of_gemma_is_something_else(family, ids):
     model, kept = tiny_model(family), []
     handle = model.model.layers[1].mlp.register_forward_hook(lambda _m, _a, output: kept.append(output))
-    recorded = mlp_outputs(view_decoder(model), ids, torch.ones_like(ids), [1])[1]
+    visit_mlp_outputs(view_decoder(model), pack_sequences(ids.tolist()), [1], lambda _, output: kept.append(output))
     handle.remove()
-    assert (kept[0] - recorded).abs().max() > 0.1
+    assert (kept[0] - kept[1]).abs().max() > 0.1
 
 
 def test_gain(family):

@@ -21,9 +21,6 @@ class GivenFeatures(ProbeDataModule):
         self._sides = {side: ProbeBatch(*values) for side, values in sides.items()}
         self.widths, self.model_digest = widths, "0123"
 
-    def prepare_data(self) -> None:
-        """Nothing to prepare."""
-
 
 @pytest.fixture
 def given_features() -> Callable[..., GivenFeatures]:

@@ -56,7 +56,7 @@ def extracted(monkeypatch, tiny):
     texts = []
     decode = tiny().tokenizer.decode
 
-    def extract(view, examples, saes, layers, pool, tokens, folder, key):
+    def extract(view, examples, saes, layers, pool, tokens, folder, key, rank):
         texts[:] = [(decode(e.ids[: e.answer_start]), decode(e.ids[e.answer_start :])) for e in examples]
         number = torch.arange(float(len(examples)))[:, None]
         return {f"residual.{layer}": number + 1000 * layer for layer in layers}
@@ -74,7 +74,6 @@ def test_labels_and_sides_of_every_answer(tiny_folder, write, extracted, tmp_pat
     data = ProbeDataModule(
         tiny_folder(), [3, 1], sae=None, features="residual", folder=str(tmp_path), records=write(RECORDS), dtype="float32"
     )
-    data.prepare_data()
     data.setup("fit")
     for side, expected in zip(sides(data).items(), SPLIT, strict=True):
         name, (x, y) = side
@@ -118,7 +117,7 @@ def test_layers_that_the_model_lacks_are_refused(tiny_folder, write, tmp_path):
         tiny_folder(), [1, 4], sae=None, features="residual", folder=str(tmp_path), records=write(RECORDS), dtype="float32"
     )
     with pytest.raises(UserError, match=r"--data.layers: \[4\]: this model has layers 0 to 3"):
-        data.prepare_data()
+        data.setup("fit")
 
 
 @pytest.mark.parametrize("features", ["sae", "residual"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ from sae_lens import SAE
 from bad_neurons.models.view import view_decoder
 from bad_neurons.probe import features as features_module
 from bad_neurons.probe.features import Example, extract_features, pool_max, pool_mean
-from bad_neurons.sae.load import load_saes
+from bad_neurons.sae.load import SAEs
+from bad_neurons.shards import Rank
 from bad_neurons.testing import save_tiny_saes
 
 LAYERS = [1, 3]
@@ -30,18 +31,12 @@ def examples():
     return [Example([2, *torch.randint(3, 259, (n - 1,), generator=generator).tolist()], n - 1 - i % 5) for i, n in enumerate(lengths)]
 
 
-VALUES = torch.tensor([[[1.0, -4.0], [5.0, -2.0], [9.0, -1.0], [7.0, 0.0]], [[-3.0, 2.0], [8.0, 8.0], [8.0, 8.0], [8.0, 8.0]]])
-MASK = torch.tensor([[False, True, False, True], [True, False, False, False]])
+VALUES = torch.tensor([[1.0, -4.0], [5.0, -2.0], [9.0, -1.0]])
 
 
-def test_max_by_hand():
-    assert pool_max(VALUES, MASK).tolist() == [[7.0, 0.0], [-3.0, 2.0]]
-    assert pool_max(VALUES, torch.ones_like(MASK)).tolist() == [[9.0, 0.0], [8.0, 8.0]]
-
-
-def test_mean_by_hand():
-    assert pool_mean(VALUES, MASK).tolist() == [[6.0, -1.0], [-3.0, 2.0]]
-    assert pool_mean(VALUES, torch.ones_like(MASK)).tolist() == [[5.5, -1.75], [5.25, 6.5]]
+def test_pools_by_hand():
+    assert pool_max(VALUES).tolist() == [9.0, -1.0]
+    assert pool_mean(VALUES).tolist() == [5.0, pytest.approx(-7 / 3)]
 
 
 def by_loop(lm, point, sae_folder, examples, pool, tokens):
@@ -77,7 +72,7 @@ def test_features_equal_an_unbatched_loop_in_the_same_order(tiny, monkeypatch, s
     monkeypatch.setattr(features_module, "_BATCH_TOKENS", 64)
     monkeypatch.setattr(features_module, "_SHARD_EXAMPLES", 4)
     lm = tiny(family)
-    saes = load_saes(sae_folder, LAYERS, 16)
+    saes = SAEs(sae_folder, LAYERS, 16)
     found = extract_features(view_decoder(lm.model), examples, saes, LAYERS, pool, tokens, tmp_path / "shards", "key")
     expected = by_loop(lm, point, sae_folder, examples, pool, tokens)
     assert {name: value.shape for name, value in found.items()} == {
@@ -95,19 +90,19 @@ def test_features_equal_an_unbatched_loop_in_the_same_order(tiny, monkeypatch, s
 def ran(monkeypatch):
     """Number of rows of each batch that the model read."""
     rows = []
-    original = features_module.mlp_outputs
+    original = features_module.visit_mlp_outputs
 
-    def counted(view, ids, mask, layers):
-        rows.append(len(ids))
-        return original(view, ids, mask, layers)
+    def counted(view, packed, layers, visit):
+        rows.append(len(packed.input_ids))
+        return original(view, packed, layers, visit)
 
-    monkeypatch.setattr(features_module, "mlp_outputs", counted)
+    monkeypatch.setattr(features_module, "visit_mlp_outputs", counted)
     monkeypatch.setattr(features_module, "_SHARD_EXAMPLES", 4)
     return rows
 
 
 def test_the_model_runs_once_for_one_key(tiny, sae_folder, examples, tmp_path, ran):
-    view, saes = view_decoder(tiny().model), load_saes(sae_folder, LAYERS, 16)
+    view, saes = view_decoder(tiny().model), SAEs(sae_folder, LAYERS, 16)
     folder = tmp_path / "shards"
 
     def extract(key="key", pool="max", tokens="answer", given=saes, layers=LAYERS, of=examples):
@@ -117,7 +112,7 @@ def test_the_model_runs_once_for_one_key(tiny, sae_folder, examples, tmp_path, r
 
     first, rows = extract()
     assert rows == 10
-    assert sorted(p.name for p in folder.iterdir()) == ["index.json", *(f"shard-{i:05d}.safetensors" for i in range(3))]
+    assert sorted(p.name for p in folder.iterdir()) == [f"shard-{i:05d}.safetensors" for i in range(3)]
     again, rows = extract()
     assert rows == 0
     assert all(again[name].equal(first[name]) for name in first)
@@ -128,13 +123,81 @@ def test_the_model_runs_once_for_one_key(tiny, sae_folder, examples, tmp_path, r
     assert all(resumed[name].equal(first[name]) for name in first)
 
     shifted = [Example(e.ids, e.answer_start - 1) for e in examples]
-    changes = [{"key": "other"}, {"pool": "mean"}, {"tokens": "all"}, {"given": {}}, {"layers": [1]}, {"of": shifted}, {"of": examples[:3]}]
+    changes = [
+        {"key": "other"},
+        {"pool": "mean"},
+        {"tokens": "all"},
+        {"given": SAEs(None, LAYERS, 16)},
+        {"layers": [1]},
+        {"of": shifted},
+        {"of": examples[:3]},
+    ]
     for change in changes:
         assert extract(**change)[1] == (3 if change.get("of") == examples[:3] else 10), change
     assert sorted(p.name for p in folder.glob("shard-*")) == ["shard-00000.safetensors"]
-    assert json.loads((folder / "index.json").read_text())["examples"] == 3
 
 
 def test_without_saes_there_are_only_activations(tiny, examples, tmp_path):
-    found = extract_features(view_decoder(tiny().model), examples, {}, [2], "mean", "answer", tmp_path, "key")
+    found = extract_features(view_decoder(tiny().model), examples, SAEs(None, [2], 16), [2], "mean", "answer", tmp_path, "key")
     assert {name: value.shape for name, value in found.items()} == {"residual.2": (10, 16)}
+
+
+def with_shared_prompts(examples):
+    """Each example, and its prompt with another answer."""
+    return [e for example in examples for e in (example, Example([*example.ids[: example.answer_start], 50, 60], example.answer_start))]
+
+
+@pytest.mark.parametrize("tokens", ["answer", "all"])
+def test_answers_that_share_a_prompt_get_what_they_get_alone(tiny, monkeypatch, sae_folder, examples, tmp_path, tokens):
+    lm, pairs = tiny("gemma3"), with_shared_prompts(examples)
+    found = extract_features(view_decoder(lm.model), pairs, SAEs(sae_folder, LAYERS, 16), LAYERS, "max", tokens, tmp_path, "key")
+    for name, values in by_loop(lm, "post_feedforward_layernorm", sae_folder, pairs, "max", tokens).items():
+        torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-4)
+
+
+def test_a_prompt_is_read_once_for_all_its_answers(tiny, examples, tmp_path, ran):
+    pairs = with_shared_prompts(examples[:2])
+    extract_features(view_decoder(tiny().model), pairs, SAEs(None, [1], 16), [1], "max", "answer", tmp_path, "key")
+    assert sum(ran) == 2
+
+
+def test_saes_in_turns_give_the_same_and_run_the_model_once(tiny, tmp_path, examples, ran):
+    layers = [0, 1, 3]
+    folder = save_tiny_saes(tmp_path / "three", layers, d_sae=32, k=4)
+    view = view_decoder(tiny().model)
+    one = 4 * (2 * 16 * 32 + 32 + 16)  # bytes of one SAE: encoder and decoder, and their biases
+    expected = extract_features(view, examples, SAEs(folder, layers, 16), layers, "max", "answer", tmp_path / "a", "key")
+    rows = sum(ran)
+    for budget, turns in ((2 * one, [[0, 1], [3]]), (one, [[0], [1], [3]]), (1, [[0], [1], [3]]), (3 * one, [layers])):
+        ran.clear()
+        saes = SAEs(folder, layers, 16, budget=budget)
+        assert saes.turns == turns
+        found = extract_features(view, examples, saes, layers, "max", "answer", tmp_path / f"{budget}", "key")
+        assert sum(ran) == rows
+        assert set(found) == set(expected)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert len(saes._loaded) <= max(len(turn) for turn in turns)
+    (tmp_path / f"{one}" / "turn-3-00001.safetensors").unlink()
+    ran.clear()
+    again = extract_features(view, examples, SAEs(folder, layers, 16, budget=one), layers, "max", "answer", tmp_path / f"{one}", "key")
+    assert ran == []
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+
+
+def test_ranks_share_the_shards(tiny, sae_folder, examples, tmp_path, ran):
+    view = view_decoder(tiny().model)
+    alone = extract_features(view, examples, SAEs(sae_folder, LAYERS, 16), LAYERS, "max", "answer", tmp_path / "alone", "key")
+
+    def others():
+        """What the other ranks do while rank 0 waits: their own shards."""
+        for number in (1, 2):
+            rank = Rank(number, 3, lambda: None)
+            with pytest.raises(FileNotFoundError) if number == 1 else nullcontext():  # rank 2's are not there yet
+                extract_features(view, examples, SAEs(sae_folder, LAYERS, 16), LAYERS, "max", "answer", tmp_path / "shared", "key", rank)
+
+    ran.clear()
+    shared = extract_features(
+        view, examples, SAEs(sae_folder, LAYERS, 16), LAYERS, "max", "answer", tmp_path / "shared", "key", Rank(0, 3, others)
+    )
+    assert sum(ran) == 10
+    assert all(torch.equal(shared[name], alone[name]) for name in alone)

@@ -79,13 +79,13 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(harvest_module, "_BATCH_TOKENS", 40)
     monkeypatch.setattr(harvest_module, "_SHARD_TOKENS", 80)
     ran = []
-    original = harvest_module.mlp_outputs
+    original = harvest_module.visit_mlp_outputs
 
-    def counted(view, ids, mask, layers):
-        ran.append([row[: int(m.sum())].tolist() for row, m in zip(ids, mask, strict=True)])
-        return original(view, ids, mask, layers)
+    def counted(view, rows, layers, visit):
+        ran.append([row[: int(m.sum())].tolist() for row, m in zip(rows.input_ids, rows.attention_mask, strict=True)])
+        return original(view, rows, layers, visit)
 
-    monkeypatch.setattr(harvest_module, "mlp_outputs", counted)
+    monkeypatch.setattr(harvest_module, "visit_mlp_outputs", counted)
     return ran
 
 
@@ -125,6 +125,7 @@ def test_validation_and_training_tokens_are_disjoint_and_together_all(tmp_path):
         tensors = {"layer.1": part.expand(-1, 4).bfloat16(), "layer.3": -part.expand(-1, 4).bfloat16()}
         write_tensors(tmp_path / f"shard-{number:05d}.safetensors", tensors, {})
     data = ActivationDataModule("unused", LAYERS, str(tmp_path), max_tokens=200, validation=0.1, batch_size=20)
+    data.harvest = lambda _rank: None  # it is there
     data.setup("fit")
     train = data.training_activations()
     held_out = torch.cat([batch[1] for batch in data.val_dataloader()])[:, 0].tolist()
@@ -148,13 +149,15 @@ def test_no_token_is_left_out_of_the_batches(n, size, expected):
 def read(monkeypatch):
     """The token ids that a data module hands to the harvest, which itself is left out."""
     seen = {}
-    monkeypatch.setattr(harvest_module, "harvest", lambda view, sequences, layers, folder, key: seen.update(sequences=sequences, key=key))
+    monkeypatch.setattr(
+        harvest_module, "harvest", lambda view, sequences, layers, folder, key, rank: seen.update(sequences=sequences, key=key)
+    )
     return seen
 
 
 def test_exactly_the_answers_of_training_topics_are_read(tiny, tiny_folder, records_file, read, tmp_path):
     path, records = records_file
-    ActivationDataModule(tiny_folder(), LAYERS, str(tmp_path), path, text=[], max_tokens=100_000, dtype="float32").prepare_data()
+    ActivationDataModule(tiny_folder(), LAYERS, str(tmp_path), path, text=[], max_tokens=100_000, dtype="float32").harvest()
     tokenizer = tiny().tokenizer
     texts = sorted(tokenizer.decode(ids, skip_special_tokens=True) for ids in read["sequences"])
     split = split_by_topic(records, 0.2, 0.2, 0)
@@ -168,7 +171,7 @@ def test_exactly_the_answers_of_training_topics_are_read(tiny, tiny_folder, reco
 
 def test_half_of_the_tokens_come_from_records_and_half_from_text(tiny, tiny_folder, records_file, read, tmp_path):
     data = ActivationDataModule(tiny_folder(), LAYERS, str(tmp_path), records_file[0], max_tokens=2000, batch_size=100, dtype="float32")
-    data.prepare_data()
+    data.harvest()
     tokenizer = tiny().tokenizer
     from_records = [s for s in read["sequences"] if tokenizer.decode(s[1:8]) == "Human: "]
     lengths = [len(s) - 1 for s in from_records]
@@ -181,7 +184,7 @@ def test_half_of_the_tokens_come_from_records_and_half_from_text(tiny, tiny_fold
 def test_the_key_follows_model_dtype_layers_and_text(tiny_folder, records_file, read, tmp_path):
     def key(model, layers, seed=0, dtype="float32"):
         data = ActivationDataModule(model, layers, str(tmp_path), records_file[0], max_tokens=2000, batch_size=99, seed=seed, dtype=dtype)
-        data.prepare_data()
+        data.harvest()
         return read["key"]
 
     first = key(tiny_folder(), [1, 3])
@@ -192,7 +195,7 @@ def test_the_key_follows_model_dtype_layers_and_text(tiny_folder, records_file, 
 
 def test_what_cannot_be_is_refused(tiny_folder, tmp_path):
     with pytest.raises(UserError, match=r"--data.layers: \[4\]: this model has layers 0 to 3"):
-        ActivationDataModule(tiny_folder(), [1, 4], str(tmp_path), dtype="float32").prepare_data()
+        ActivationDataModule(tiny_folder(), [1, 4], str(tmp_path), dtype="float32").harvest()
     with pytest.raises(UserError, match=r"--data.max_tokens 9999: at least ten batches of 1000"):
         ActivationDataModule(tiny_folder(), [1], max_tokens=9999, batch_size=1000)
     for share in (0.0, 1.0):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from bad_neurons.batching import pack_sequences
 from bad_neurons.data.tuning import TeacherBatch, TuningBatch
 from bad_neurons.selection.neurons import write_neurons
 from bad_neurons.tuning.module import NeuronTuner
@@ -31,36 +32,37 @@ class StepDeltas(Callback):
         self.steps.append({name: value.clone() for name, value in pl_module.edit.deltas().items()})
 
 
-def supervised(lengths: Sequence[tuple[int, int]], width: int) -> Tensor:
-    """[B, width] bool: for each (prompt, answer) length the positions whose next token is the answer's."""
-    rows = torch.zeros(len(lengths), width, dtype=torch.bool)
-    for row, (prompt, answer) in enumerate(lengths):
-        rows[row, prompt - 1 : prompt + answer - 1] = True
-    return rows
+def random_sequences(lengths: Sequence[tuple[int, int]], seed: int) -> list[list[int]]:
+    """Random token ids of (prompt, answer) lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 259, (sum(pair),), generator=generator).tolist() for pair in lengths]
 
 
-def random_rows(lengths: Sequence[tuple[int, int]], seed: int) -> tuple[Tensor, Tensor]:
-    """Random token ids and mask, padded on the right."""
-    width = max(map(sum, lengths))
-    ids = torch.randint(3, 259, (len(lengths), width), generator=torch.Generator().manual_seed(seed))
-    mask = (torch.arange(width)[None] < torch.tensor([sum(pair) for pair in lengths])[:, None]).long()
-    return ids * mask, mask
+def places(lengths: Sequence[tuple[int, int]], width: int) -> Tensor:
+    """Flat places whose next token is the answer's, row by row."""
+    return torch.tensor([row * width + t for row, (prompt, answer) in enumerate(lengths) for t in range(prompt - 1, prompt + answer - 1)])
+
+
+def made_batch(
+    answers: Sequence[tuple[int, int]], retained: Sequence[int] = (), seed: int = 0, teacher: Sequence[tuple[int, int]] | None = None
+) -> TuningBatch:
+    """A batch from (prompt, answer) lengths, lengths of retention text, and (prompt, answer) lengths of the teacher's rows."""
+    lengths = [*answers, *((1, n - 1) for n in retained)]
+    rows = pack_sequences(random_sequences(lengths, seed))
+    at = places(lengths, rows.input_ids.shape[1])
+    answer = (torch.arange(len(at)) < sum(pair[1] for pair in answers)).float()
+    asked = None
+    if teacher is not None:
+        theirs = pack_sequences(random_sequences(teacher, seed if teacher == answers else seed + 7))
+        asked = TeacherBatch(theirs, places(teacher, theirs.input_ids.shape[1]))
+    key = f"{seed} {lengths} {teacher}"
+    return TuningBatch(rows, at, rows.input_ids.flatten()[at + 1], answer, 1 - answer, asked, key)
 
 
 @pytest.fixture
 def make_batch() -> Callable[..., TuningBatch]:
-    """``make_batch(answers, retained, seed)``: a batch from (prompt, answer) lengths and lengths of retention text."""
-
-    def make(answers: Sequence[tuple[int, int]], retained: Sequence[int] = (), seed: int = 0, teacher: bool = False) -> TuningBatch:
-        lengths = [*answers, *((1, n - 1) for n in retained)]
-        ids, mask = random_rows(lengths, seed)
-        marked = supervised(lengths, ids.shape[1])
-        is_answer = torch.arange(len(lengths))[:, None] < len(answers)
-        rows = len(answers)
-        asker = TeacherBatch(ids[:rows], mask[:rows], marked[:rows]) if teacher else None
-        return TuningBatch(ids, mask, marked & is_answer, marked & ~is_answer, asker)
-
-    return make
+    """The function :func:`made_batch`."""
+    return made_batch
 
 
 @pytest.fixture

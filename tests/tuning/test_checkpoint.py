@@ -39,7 +39,7 @@ def data(tmp_path, tiny_folder):
     ]
     write_jsonl(tmp_path / "records.jsonl", rows)
     return lambda: SycophancyDataModule(
-        tiny_folder("gemma2"), str(tmp_path / "records.jsonl"), batch_size=2, retention_rows=1, retention_tokens=12
+        tiny_folder("gemma2"), str(tmp_path / "records.jsonl"), batch_tokens=170, retention_rows=1, retention_tokens=12
     )
 
 

@@ -8,11 +8,22 @@ import pytest
 import torch
 from torch import nn
 
+from bad_neurons.models import head
 from bad_neurons.models.view import DecoderView
+from bad_neurons.tuning import losses
 from bad_neurons.tuning.losses import Supervision, dense_loss_sums, loss_sums
 
 D, V = 6, 11
-SIZES = [1, 63, 64, 65, 200]  # around the chunk of 64
+SIZES = [1, 7, 8, 9, 25]  # around the chunk of 8 places
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    """Chunks of 8 places and blocks of 4 of the 11 entries of the vocabulary, so that there are several of each."""
+    monkeypatch.setattr(losses, "ROWS", 8)
+    monkeypatch.setattr(head, "_BLOCK", 4)
+
+
 WEIGHTS = [(0.0, 0.0), (1.0, 0.0), (0.7, 0.3)]
 
 
@@ -24,15 +35,16 @@ def head_view(weight, softcap=None):
 
 
 def problem(n, teacher, softcap, seed=0):
-    """A random view, hidden states and supervision of n positions; some are answers, some are to stay, some neither."""
+    """A random view, hidden states and supervision of n places: some answers, some to stay, some neither; some count several times."""
     generator = torch.Generator().manual_seed(seed)
     view = head_view(1.5 * torch.randn(V, D, generator=generator), softcap)
     tuned, clean, asker = (torch.randn(n, D, generator=generator) for _ in range(3))
-    is_answer, stays = (torch.rand(n, generator=generator) < share for share in (0.6, 0.7))
-    is_answer[0] = True
-    asked = Supervision(
-        clean, torch.randint(V, (n,), generator=generator), is_answer, stays, asker * is_answer[:, None] if teacher else None
-    )
+    answers = 1 + int(0.6 * (n - 1))  # those of answers come first
+    counts = [torch.randint(1, 4, (n,), generator=generator).float() for _ in range(2)]
+    answer = counts[0] * (torch.arange(n) < answers)
+    stays = counts[1] * (torch.rand(n, generator=generator) < 0.7)
+    targets = torch.randint(V, (n,), generator=generator)
+    asked = Supervision(clean, targets, answer, stays, asker[:answers] if teacher else None)
     return view, tuned, asked
 
 
@@ -49,15 +61,15 @@ def reference(view, tuned, asked, alpha, beta):
     target, kl, entropy = (torch.zeros((), dtype=torch.float64) for _ in range(3))
     for i in range(len(tuned)):
         p, p0 = probabilities(tuned[i]), probabilities(asked.clean[i].double())
-        if asked.is_answer[i]:
+        if asked.answer[i]:
             if asked.teacher is None:
-                target = target - p[asked.targets[i]].log()
+                target = target - asked.answer[i] * p[asked.targets[i]].log()
             else:
                 q = probabilities(asked.teacher[i].double())
-                target = target + (q * (q / p).log()).sum()
-            entropy = entropy - (p * p.log()).sum()
+                target = target + asked.answer[i] * (q * (q / p).log()).sum()
+            entropy = entropy - asked.answer[i] * (p * p.log()).sum()
         if asked.stays[i]:
-            kl = kl + (p0 * (p0 / p).log()).sum()
+            kl = kl + asked.stays[i] * (p0 * (p0 / p).log()).sum()
     loss = target + alpha * kl - beta * entropy
     return torch.stack([loss, target, kl, entropy]).detach(), torch.autograd.grad(loss, tuned)[0]
 
@@ -94,7 +106,7 @@ ALPHA, BETA = 0.5, 0.25
 def by_hand(softcap, teacher):
     cap = (lambda z: z) if softcap is None else (lambda z: softcap * torch.atanh(z / softcap))
     tuned, clean, asker = (cap(torch.tensor([[z, 0.0]])) for z in (-log(3), 0.0, log(4)))
-    yes = torch.tensor([True])
+    yes = torch.ones(1)
     return head_view(torch.eye(2), softcap), tuned, Supervision(clean, torch.tensor([0]), yes, yes, asker if teacher else None)
 
 
@@ -115,7 +127,7 @@ def test_closed_form(softcap, teacher):
 def test_kl_to_itself_is_exactly_zero(n):
     view, tuned, asked = problem(n, False, 2.0)
     assert loss_sums(view, tuned, asked, 1.0, 0.0).kl > 0 or not asked.stays.any()
-    asked = asked._replace(clean=tuned, stays=torch.ones(n, dtype=torch.bool), is_answer=torch.zeros(n, dtype=torch.bool))
+    asked = asked._replace(clean=tuned, stays=torch.ones(n), answer=torch.zeros(n))
     found, gradient = value_and_gradient(loss_sums, view, tuned, asked, 3.0, 1.0)
     assert found.tolist() == [0.0, 0.0, 0.0, 0.0]
     assert not gradient.any()
@@ -123,8 +135,8 @@ def test_kl_to_itself_is_exactly_zero(n):
 
 def test_a_teacher_that_is_the_model_itself_asks_for_nothing():
     view, tuned, asked = problem(70, True, None)
-    everywhere = torch.ones(70, dtype=torch.bool)
-    found, gradient = value_and_gradient(loss_sums, view, tuned, asked._replace(teacher=tuned, is_answer=everywhere), 0.0, 0.0)
+    everywhere = torch.ones(70)
+    found, gradient = value_and_gradient(loss_sums, view, tuned, asked._replace(teacher=tuned, answer=everywhere), 0.0, 0.0)
     assert (found[:2].tolist(), gradient.abs().max().item()) == ([0.0, 0.0], 0.0)
 
 
@@ -141,7 +153,7 @@ def test_sums_add_up_over_positions():
 
 def test_targets_are_read_at_answers_alone():
     view, tuned, asked = problem(90, False, None)
-    other = asked._replace(targets=torch.where(asked.is_answer, asked.targets, (asked.targets + 1) % V))
+    other = asked._replace(targets=torch.where(asked.answer > 0, asked.targets, (asked.targets + 1) % V))
     assert not torch.equal(other.targets, asked.targets)
     first, second = (value_and_gradient(loss_sums, view, tuned, a, 0.7, 0.3) for a in (asked, other))
     assert torch.equal(first[0], second[0])
@@ -151,7 +163,7 @@ def test_targets_are_read_at_answers_alone():
 def test_logits_of_any_size_stay_finite():
     view = head_view(torch.eye(3))
     tuned = torch.tensor([[300.0, 0.0, -300.0], [0.0, 300.0, 0.0]])
-    yes = torch.ones(2, dtype=torch.bool)
+    yes = torch.ones(2)
     found, gradient = value_and_gradient(loss_sums, view, tuned, Supervision(torch.zeros(2, 3), torch.tensor([0, 0]), yes, yes), 1.0, 0.5)
     # CE 0 and 300; KL: mean over (1/3) of the logits' distance from the largest, minus log 3; no entropy
     torch.testing.assert_close(found, torch.tensor([300 + 500 - 2 * log(3), 300.0, 500 - 2 * log(3), 0.0]), rtol=1e-5, atol=1e-4)

@@ -78,6 +78,11 @@ def test_both_forms_take_the_same_steps(tuner, neurons, fit, batches, axis, opti
     assert min(value.abs().max() for value in delta[-1].values()) > 1e-3
 
 
+def by_transformers(model, rows, at):
+    """Log-probabilities [N, V] at flat places, from transformers' own logits."""
+    return log_softmax(model(input_ids=rows.input_ids, attention_mask=rows.attention_mask).logits, -1).flatten(0, 1)[at]
+
+
 def test_one_step_of_sgd_is_the_gradient_of_the_mean_loss(tuner, neurons, fit, make_batch):
     # lr 1, no KL: the delta is minus the gradient of the mean cross entropy, here by autograd through transformers' logits
     batch = make_batch(LENGTHS[0], [11])
@@ -90,8 +95,8 @@ def test_one_step_of_sgd_is_the_gradient_of_the_mean_loss(tuner, neurons, fit, m
     }
     for weight in parts.values():
         weight.requires_grad_(True)
-    log_p = log_softmax(model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits, -1)
-    honest = log_p[:, :-1].gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)[batch.answer[:, :-1]]
+    log_p = by_transformers(model, batch.rows, batch.at[batch.answer > 0])
+    honest = log_p.gather(-1, batch.rows.input_ids.flatten()[batch.at + 1][batch.answer > 0, None])
     assert len(honest) == 4 + 2 + 7
     (-honest.mean()).backward()
     for name, weight in parts.items():
@@ -100,11 +105,20 @@ def test_one_step_of_sgd_is_the_gradient_of_the_mean_loss(tuner, neurons, fit, m
         torch.testing.assert_close(step[name], -gradient, rtol=1e-3, atol=1e-5)
 
 
+def taken(batch, rows):
+    """Some rows of a batch as a batch of their own."""
+    T = batch.rows.input_ids.shape[1]
+    inside = torch.isin(batch.at // T, torch.tensor(rows))
+    at = batch.at[inside]
+    moved = torch.tensor([rows.index(row) * T for row in (at // T).tolist()]) + at % T
+    content = (batch.targets[inside], batch.answer[inside], batch.retained[inside])
+    return type(batch)(type(batch.rows)(*(t[rows] for t in batch.rows[:4]), False), moved, *content, None, f"{batch.key} {rows}")
+
+
 @pytest.mark.parametrize("kl_on", ["answer", "retention", "both"])
 def test_an_accumulation_window_is_one_big_batch(tuner, neurons, fit, make_batch, kl_on):
     big = make_batch([(5, 4), (9, 2), (7, 7), (12, 3), (3, 1)], [11, 16])
-    cuts = ([0, 1, 5], [2, 3, 4, 6])  # 6 and 11 answer tokens, two and one retained rows of unequal lengths
-    small = [type(big)(*(t[rows] for t in big[:4])) for rows in cuts]
+    small = [taken(big, rows) for rows in ([0, 1, 5], [2, 3, 4, 6])]  # one retained row of another length in each
     assert [int(b.answer.sum()) for b in small] == [6, 11]
     options = {"optimizer": "sgd", "lr": 1.0, "kl_on": kl_on}
     start = make_batch([(4, 3)], [5], seed=9)  # a first step away from the clean model, so that the KL has a gradient
@@ -137,13 +151,11 @@ def test_sums_against_transformers(tuner, choose, tiny, make_batch):
     batch = make_batch(LENGTHS[0], [11, 16])
     module = attached(tuner, choose, tiny, alpha=0.7, beta=0.3)
     with torch.no_grad():
-        log_p = log_softmax(module.lm(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits, -1)
-        log_p0 = log_softmax(tiny().model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits, -1)
-    per_token = kl_div(log_p, log_p0, reduction="none", log_target=True).sum(-1)
-    at = batch.answer
-    target = -log_p.gather(-1, batch.input_ids.roll(-1, 1)[..., None]).squeeze(-1)[at].sum()
+        log_p, log_p0 = (by_transformers(model, batch.rows, batch.at) for model in (module.lm, tiny().model))
+    per_token, at = kl_div(log_p, log_p0, reduction="none", log_target=True).sum(-1), batch.answer > 0
+    target = -log_p.gather(-1, batch.rows.input_ids.flatten()[batch.at + 1, None]).squeeze(-1)[at].sum()
     entropy = -(log_p.exp() * log_p).sum(-1)[at].sum()
-    kl = {"answer": per_token[at].sum(), "retention": per_token[batch.retained].sum(), "both": per_token[at | batch.retained].sum()}
+    kl = {"answer": per_token[at].sum(), "retention": per_token[~at].sum(), "both": per_token.sum()}
     assert min(kl.values()) > 0.01
     for kl_on, expected in kl.items():
         module.kl_on = kl_on
@@ -162,30 +174,37 @@ def test_clean_model_at_step_zero(tuner, choose, tiny, make_batch):
 def test_neutral_target_is_zero_where_the_prompt_is_the_neutral_one(tuner, choose, tiny, make_batch):
     module = tuner()
     module.attach(NeuronDelta, choose(tiny()))
-    assert module.losses(make_batch(LENGTHS[0], teacher=True)).target.item() == 0.0
+    assert module.losses(make_batch(LENGTHS[0], teacher=LENGTHS[0])).target.item() == 0.0
     # retention text beside it is longer than the teacher's rows: other padding, so other rounding
-    assert abs(module.losses(make_batch(LENGTHS[0], [30], teacher=True)).target.item()) < 1e-4
+    assert abs(module.losses(make_batch(LENGTHS[0], [30], teacher=LENGTHS[0])).target.item()) < 1e-4
 
 
 def test_neutral_target_is_the_kl_from_the_clean_model_at_the_neutral_prompt(tuner, choose, tiny, make_batch):
-    batch = make_batch([(5, 4), (9, 2)], [11])
-    other = make_batch([(3, 4), (14, 2)], seed=7)  # other prompts of other lengths, the answers as long
-    teacher = type(make_batch([(5, 4)], teacher=True).teacher)(other.input_ids, other.attention_mask, other.answer)
-    batch = batch._replace(teacher=teacher)
+    batch = make_batch([(5, 4), (9, 2)], [11], teacher=[(3, 4), (14, 2)])  # other prompts of other lengths, the answers as long
     module = attached(tuner, choose, tiny)
     with torch.no_grad():
-        log_p = log_softmax(module.lm(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits, -1)
-        log_q = log_softmax(tiny().model(input_ids=other.input_ids, attention_mask=other.attention_mask).logits, -1)
-    pairs = [(log_p[0, 4:8], log_q[0, 2:6]), (log_p[1, 8:10], log_q[1, 13:15])]
-    expected = sum(kl_div(p, q, reduction="sum", log_target=True) for p, q in pairs)
+        log_p = by_transformers(module.lm, batch.rows, batch.at[batch.answer > 0])
+        log_q = by_transformers(tiny().model, batch.teacher.rows, batch.teacher.at)
+    expected = kl_div(log_p, log_q, reduction="sum", log_target=True)
+    assert len(log_p) == 6
     assert expected > 0.1
     torch.testing.assert_close(module.losses(batch).target.detach(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_place_counts_as_often_as_it_says(tuner, choose, tiny, make_batch):
+    module, batch = attached(tuner, choose, tiny, beta=0.2), make_batch(LENGTHS[0], [11], teacher=LENGTHS[1])
+    twice = batch._replace(answer=2 * batch.answer, retained=3 * batch.retained)
+    once, more = ([s.item() for s in module.losses(b)] for b in (batch, twice))
+    alone = module.losses(batch._replace(answer=batch.answer, retained=0 * batch.retained)).kl.item()
+    assert more[1] == pytest.approx(2 * once[1], rel=1e-5)
+    assert more[3] == pytest.approx(2 * once[3], rel=1e-5)
+    assert more[2] == pytest.approx(2 * alone + 3 * (once[2] - alone), rel=1e-4)
 
 
 def test_a_batch_without_supervision_takes_part_with_nothing(tuner, choose, tiny, make_batch):
     module = attached(tuner, choose, tiny)
     batch = make_batch([(5, 4)])
-    sums = module.losses(batch._replace(answer=torch.zeros_like(batch.answer)))
+    sums = module.losses(batch._replace(**{name: getattr(batch, name)[:0] for name in ("at", "targets", "answer", "retained")}))
     sums.loss.backward()
     assert [s.item() for s in sums] == [0.0] * 4
     assert all(not p.grad.any() for p in module.edit.trainable())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -13,54 +14,63 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from typing_extensions import override
 
-from bad_neurons.batching import pad
+from bad_neurons.artifacts import digest_json
+from bad_neurons.batching import Rows, Tree, pack, prefix_tree
 from bad_neurons.data.readers import load_records
 from bad_neurons.data.records import Record
 from bad_neurons.data.splits import split_by_topic
 from bad_neurons.data.text import load_paragraphs
 from bad_neurons.errors import UserError
 from bad_neurons.models.load import resolve_model
-from bad_neurons.models.prompts import tokenize, tokenize_text
+from bad_neurons.models.prompts import Turn, tokenize, tokenize_text
 
 Target = Literal["honest", "neutral"]
 
+_ROW_WIDTH = 128  # short prompts share rows up to here: less padding, and attention still costs little at this width
+
 
 class TeacherBatch(NamedTuple):
-    """Rows that the clean model reads as the teacher, padded on the right.
+    """What the clean model reads as the teacher.
 
     Attributes:
-        input_ids: [B', T'], int64.
-        attention_mask: [B', T'], int64.
-        answer: [B', T'], bool; as many positions as the batch's ``answer``, in the same order.
+        rows: the same answers behind the question without the person.
+        at: [A], int64; as many flat places as the batch has answer places, in the same order.
     """
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    answer: Tensor
+    rows: Rows
+    at: Tensor
 
 
 class TuningBatch(NamedTuple):
-    """One micro-batch, padded on the right.
+    """One micro-batch. Each place is a position whose next token is supervised; answers come first, then retention text.
+
+    Answers to one prompt share it in one row, so where they begin alike one place can stand for several of them.
 
     Attributes:
-        input_ids: [B, T], int64.
-        attention_mask: [B, T], int64.
-        answer: [B, T], bool; positions whose next token belongs to an answer.
-        retained: [B, T], bool; positions whose next token is retention text.
-        teacher: the same answers behind the question without the person (target ``neutral``), or None.
+        rows: the rows.
+        at: [N], int64; flat places (row * T + column) in the rows.
+        targets: [N], int64; ids of the next tokens (of one of them where there is a teacher).
+        answer: [N], float32; number of answer tokens that the place stands for, 0 for retention text.
+        retained: [N], float32; number of retention tokens that it stands for, 0 for answers.
+        teacher: where the distributions of answer tokens come from (target ``neutral``), or None.
+        key: digest of what the clean model is asked: the rows and the places.
     """
 
-    input_ids: Tensor
-    attention_mask: Tensor
+    rows: Rows
+    at: Tensor
+    targets: Tensor
     answer: Tensor
     retained: Tensor
     teacher: TeacherBatch | None = None
+    key: str = ""
 
 
-class _Row(NamedTuple):
-    ids: list[int]
-    first: int  # first position whose next token is supervised
-    teacher: _Row | None = None  # the same answer behind the neutral prompt
+class _Group(NamedTuple):
+    """Answers to one prompt, or one piece of retention text."""
+
+    tree: Tree
+    firsts: list[int]  # of each sequence, the first position whose next token is supervised
+    teacher: _Group | None = None  # the same answers behind the neutral prompt
 
 
 class SycophancyDataModule(L.LightningDataModule):
@@ -76,7 +86,7 @@ class SycophancyDataModule(L.LightningDataModule):
         target: ``honest``: the honest answer (the paper's); ``neutral``: the words of both positions, to be as likely
             as the clean model finds them without the person. Records without a neutral prompt are left out of it.
         wrong_persons_only: leave out records whose person is right (target ``honest``).
-        batch_size: records of one batch.
+        batch_tokens: tokens of one batch, retention text included; records of similar lengths come together.
         retention: source of the retention text (``python-docs``, a file, a folder, ``hub:<dataset>``), or None.
         retention_rows: pieces of retention text beside each batch of records.
         retention_tokens: tokens of one piece.
@@ -93,20 +103,24 @@ class SycophancyDataModule(L.LightningDataModule):
         max_records: int = 0,
         target: Target = "honest",
         wrong_persons_only: bool = False,
-        batch_size: int = 8,
+        batch_tokens: int = 512,
         retention: str | None = "python-docs",
         retention_rows: int = 2,
         retention_tokens: int = 64,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, least in (("batch_size", batch_size, 1), ("max_records", max_records, 0), ("retention_rows", retention_rows, 0)):
+        for name, value, least in (
+            ("batch_tokens", batch_tokens, 1),
+            ("max_records", max_records, 0),
+            ("retention_rows", retention_rows, 0),
+        ):
             if value < least:
                 raise UserError(f"--data.{name} {value}: at least {least}")
         self.model, self.records, self.seed = model, records, seed
         self.validation, self.test, self.split_seed, self.max_records = validation, test, split_seed, max_records
         self.target, self.wrong_persons_only = target, wrong_persons_only
-        self.batch_size, self.retention = batch_size, retention
+        self.batch_tokens, self.retention = batch_tokens, retention
         self.retention_rows, self.retention_tokens = retention_rows, retention_tokens
         self._batches: dict[str, list[TuningBatch]] = {}
 
@@ -126,18 +140,21 @@ class SycophancyDataModule(L.LightningDataModule):
         }
 
     def _make(self, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], pieces: list[list[int]]) -> list[TuningBatch]:
-        rows_of = _neutral_rows if self.target == "neutral" else _honest_rows
+        group_of = _neutral_group if self.target == "neutral" else _honest_group
         kept = [r for r in records if not (self.wrong_persons_only and r.person_is_right)]
-        groups = [rows for record in kept if (rows := rows_of(tokenizer, record))]
+        groups = [group for record in kept if (group := group_of(tokenizer, record))]
         if not groups:
             raise UserError(f"records {self.records}: none is fit for --data.target {self.target} on this side of the split")
         random.Random(self.seed).shuffle(groups)
-        groups.sort(key=lambda rows: len(rows[0].ids) // 8)  # similar lengths together, not always the same neighbours
+        groups.sort(key=lambda group: len(group.tree.ids) // 8)  # similar lengths together, not always the same neighbours
+        texts = itertools.cycle([_Group(prefix_tree([ids]), [0]) for ids in pieces])
         batches: list[TuningBatch] = []
-        for start in range(0, len(groups), self.batch_size):
-            picked = [row for rows in groups[start : start + self.batch_size] for row in rows]
-            beside = [pieces[(len(batches) * self.retention_rows + i) % len(pieces)] for i in range(self.retention_rows)] if pieces else []
-            batches.append(_collate(picked, [_Row(ids, 0) for ids in beside]))
+        while groups:
+            beside = [next(texts) for _ in range(self.retention_rows)] if pieces else []
+            room = self.batch_tokens - sum(len(group.tree.ids) for group in beside)
+            picked = _fitting(groups, room)
+            batches.append(_collate(groups[:picked], beside))
+            groups = groups[picked:]
         return batches
 
     @override
@@ -189,34 +206,45 @@ def draw_evenly(records: Sequence[Record], limit: int, seed: int) -> list[Record
     return [shuffled[i] for i in sorted(range(len(shuffled)), key=lambda i: (place[i], i))[:limit]]
 
 
-def _honest_rows(tokenizer: PreTrainedTokenizerBase, record: Record) -> list[_Row]:
-    ids = tokenize(tokenizer, record.prompt, record.honest)
-    return [_Row(ids.prompt + ids.answer, len(ids.prompt) - 1)]
+def _honest_group(tokenizer: PreTrainedTokenizerBase, record: Record) -> _Group | None:
+    return _group(tokenizer, record.prompt, [record.honest])
 
 
-def _neutral_rows(tokenizer: PreTrainedTokenizerBase, record: Record) -> list[_Row]:
-    rows = []
-    for position in record.scored if record.neutral_prompt else ():
-        ids, neutral = (tokenize(tokenizer, prompt, position) for prompt in (record.prompt, record.neutral_prompt or ()))
-        teacher = _Row(neutral.prompt + neutral.answer, len(neutral.prompt) - 1)
-        rows.append(_Row(ids.prompt + ids.answer, len(ids.prompt) - 1, teacher))
-    return rows
+def _neutral_group(tokenizer: PreTrainedTokenizerBase, record: Record) -> _Group | None:
+    if not record.neutral_prompt:
+        return None
+    return _group(tokenizer, record.prompt, record.scored, _group(tokenizer, record.neutral_prompt, record.scored))
 
 
-def _collate(answers: Sequence[_Row], retained: Sequence[_Row]) -> TuningBatch:
-    ids, mask = pad([row.ids for row in (*answers, *retained)])
-    supervised = _supervised([*answers, *retained], ids)
-    is_answer = torch.arange(len(ids))[:, None] < len(answers)
-    teachers = [row.teacher for row in answers if row.teacher]
-    teacher = None
-    if teachers:
-        teacher_ids, teacher_mask = pad([row.ids for row in teachers])
-        teacher = TeacherBatch(teacher_ids, teacher_mask, _supervised(teachers, teacher_ids))
-    return TuningBatch(ids, mask, supervised & is_answer, supervised & ~is_answer, teacher)
+def _group(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Turn], answers: Sequence[str], teacher: _Group | None = None) -> _Group:
+    ids = [tokenize(tokenizer, prompt, answer) for answer in answers]
+    return _Group(prefix_tree([t.prompt + t.answer for t in ids]), [len(t.prompt) - 1 for t in ids], teacher)
 
 
-def _supervised(rows: Sequence[_Row], ids: Tensor) -> Tensor:
-    """[B, T] bool: positions from each row's ``first`` to the one before its last token."""
-    position = torch.arange(ids.shape[1])[None]
-    first, last = (torch.tensor(values)[:, None] for values in ([row.first for row in rows], [len(row.ids) - 1 for row in rows]))
-    return (position >= first) & (position < last)
+def _fitting(groups: Sequence[_Group], room: int) -> int:
+    """How many of the first groups have room for their tokens; one at least."""
+    totals = itertools.accumulate(len(group.tree.ids) for group in groups)
+    return max(1, sum(1 for _ in itertools.takewhile(lambda total: total <= room, totals)))
+
+
+def _collate(answers: Sequence[_Group], retained: Sequence[_Group]) -> TuningBatch:
+    packed = pack([group.tree for group in (*answers, *retained)], _ROW_WIDTH)
+    teachers = [group.teacher for group in answers if group.teacher]
+    teacher = pack([group.tree for group in teachers], _ROW_WIDTH) if teachers else None
+    # (place, target, place of the teacher): how many answer tokens and retention tokens it stands for
+    places: dict[tuple[int, int, int], list[float]] = {}
+    for number, (group, start) in enumerate(zip((*answers, *retained), packed.starts, strict=True)):
+        for sequence, (path, first) in enumerate(zip(group.tree.paths, group.firsts, strict=True)):
+            for step in range(first, len(path) - 1):
+                beside, target = -1, group.tree.ids[path[step + 1]]
+                if group.teacher and teacher:  # places that ask for the same distribution are one, whatever follows
+                    there = group.teacher.tree.paths[sequence][step - first + group.teacher.firsts[sequence]]
+                    beside = teacher.starts[number] + there
+                key = (start + path[step], target if beside < 0 else -1, beside)
+                places.setdefault(key, [0.0, 0.0])[number >= len(answers)] += 1.0
+    at, targets, there = torch.tensor(list(places)).T
+    answer, stays = torch.tensor(list(places.values())).T
+    asked = TeacherBatch(teacher.rows, there[answer > 0]) if teacher else None
+    content = [packed.rows.input_ids, packed.rows.positions, packed.rows.ends, at]
+    content += [asked.rows.input_ids, asked.rows.positions, asked.rows.ends, asked.at] if asked else []
+    return TuningBatch(packed.rows, at, targets.clamp_min(0), answer, stays, asked, digest_json([t.tolist() for t in content]))

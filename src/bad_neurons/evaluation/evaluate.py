@@ -20,7 +20,7 @@ from bad_neurons.evaluation.generate import greedy_answers
 from bad_neurons.evaluation.side_effects import side_effects
 from bad_neurons.evaluation.suites import score_items, summarise
 from bad_neurons.models.load import Dtype, LanguageModel, load_model
-from bad_neurons.models.view import DecoderView, view_decoder
+from bad_neurons.models.view import view_decoder
 from bad_neurons.tuning.delta_file import LoadedDelta, load_delta
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,11 @@ def evaluate(
     lm = load_model(model, dtype)
     view = view_decoder(lm.model)
     loaded = load_delta(lm.model, delta) if delta else None
-    items = {name: _score_suite(view, lm, loaded, suite, name) for name, suite in records.items()}
+    items = {
+        name: {when: rows for when, rows in sides._asdict().items() if rows}
+        for name, suite in records.items()
+        if (sides := score_items(view, lm.tokenizer, suite, f"{name}, {len(suite)} items", loaded))
+    }
     results: dict[str, Any] = {
         "model": model,
         "neurons": neurons_summary(loaded) if loaded else None,
@@ -76,7 +80,7 @@ def evaluate(
     }
     if text:
         paragraphs = load_paragraphs(text, "measure")[:max_paragraphs]
-        results["side_effects"] = side_effects(view, lm.tokenizer, paragraphs, loaded.disabled if loaded else None)
+        results["side_effects"] = side_effects(view, lm.tokenizer, paragraphs, loaded)
     if answers:
         write_jsonl(Path(out) / "answers.jsonl", _answers(lm, loaded, draw_evenly(next(iter(records.values())), answers, split_seed)))
     write_jsonl(Path(out) / "items.jsonl", _item_rows(items))
@@ -114,16 +118,6 @@ def _read_suites(
     if not records:
         raise UserError("--suites: nothing to measure; give at least one source, such as embedded")
     return records
-
-
-def _score_suite(
-    view: DecoderView, lm: LanguageModel, loaded: LoadedDelta | None, records: list[Record], name: str
-) -> dict[str, list[dict[str, Any]]]:
-    if loaded is None:
-        return {"before": score_items(view, lm.tokenizer, records, f"{name}, {len(records)} items")}
-    with loaded.disabled():
-        before = score_items(view, lm.tokenizer, records, f"{name} before, {len(records)} items")
-    return {"before": before, "after": score_items(view, lm.tokenizer, records, f"{name} after, {len(records)} items")}
 
 
 def _item_rows(items: dict[str, dict[str, list[dict[str, Any]]]]) -> list[dict[str, Any]]:

@@ -1,24 +1,23 @@
-"""Log-probabilities of answers under a model.
+"""Log-probabilities of answers under a model, without and with its edit.
 
-Legend: N requests, B sequences, T positions, d hidden size, V vocabulary.
+Legend: N tokens that are scored, U places that predict them, d hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from bad_neurons.batching import batches_by_length, pad
-from bad_neurons.models.passes import final_hidden
+from bad_neurons.batching import Rows, batches_by_length, group_by_prefix, pack, prefix_tree
+from bad_neurons.models.head import ROWS, Logits
+from bad_neurons.models.passes import Switch, before_and_after
 from bad_neurons.models.prompts import Turn, tokenize
 from bad_neurons.models.view import DecoderView
-
-_HEAD_ROWS = 128  # positions whose logits exist at one time: 128 x 262,144 x 4 bytes = 134 MB
 
 
 class Request(NamedTuple):
@@ -33,62 +32,77 @@ class Request(NamedTuple):
     answer: str
 
 
+class Sides(NamedTuple):
+    """The same measured without and with an edit.
+
+    Attributes:
+        before: of the model with the edit off, or of the model as it is where there is none.
+        after: with the edit on; None where there is none.
+    """
+
+    before: list[Any]
+    after: list[Any] | None
+
+
 def answer_log_probs(
     view: DecoderView,
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[Request],
+    edit: Switch | None = None,
     max_tokens: int = 2048,
     what: str = "scoring",
-) -> list[float]:
-    """Sum of the log-probabilities, in nats, of each answer's tokens.
+) -> Sides:
+    """Sum of the log-probabilities, in nats, of each answer's tokens, without and with an edit.
 
-    Requests whose tokens agree up to the last one share a row: the two letters of a multiple-choice item cost one pass,
-    and a question asked by two people is scored once without them.
+    What requests share at their beginning is read once: the answers to one prompt cost little more than the prompt, and a
+    question asked by two people is scored once without them. Layers below the edit run once for both sides.
 
     Args:
-        view: the model, with whatever edits are on.
+        view: the model, with ``edit`` on.
         tokenizer: its tokenizer.
         requests: what to score.
-        max_tokens: tokens of one batch after padding.
+        edit: the edit to switch off for ``before``; None where there is none.
+        max_tokens: tokens of one batch after padding, and of one row.
         what: text of the progress bar.
     """
-    rows: dict[tuple[int, ...], list[int]] = {}
-    answers: list[list[int]] = []
-    for number, request in enumerate(requests):
-        ids = tokenize(tokenizer, request.turns, request.answer)
-        answers.append(ids.answer)
-        rows.setdefault((*ids.prompt, *ids.answer[:-1]), []).append(number)
-    scores = [0.0] * len(requests)
-    contexts = list(rows)
-    for batch in tqdm(batches_by_length([len(c) for c in contexts], max_tokens), desc=what, unit="batch", leave=False):
-        picked = [contexts[i] for i in batch]
-        log_probs = _score(view, picked, [[answers[n] for n in rows[c]] for c in picked])
-        for number, value in zip((n for c in picked for n in rows[c]), log_probs, strict=True):
-            scores[number] = value
-    return scores
+    tokens = [tokenize(tokenizer, request.turns, request.answer) for request in requests]
+    read = [ids.prompt + ids.answer[:-1] for ids in tokens]  # nothing is predicted behind the last token
+    groups = group_by_prefix(read, max_tokens)
+    trees = [prefix_tree([read[i] for i in group]) for group in groups]
+    before, after = [0.0] * len(requests), [0.0] * len(requests)
+    for batch in tqdm(batches_by_length([len(tree.ids) for tree in trees], max_tokens), desc=what, unit="batch", leave=False):
+        packed = pack([trees[i] for i in batch])
+        asked = [
+            (number, [start + node for node in path[-len(tokens[number].answer) :]])
+            for i, start in zip(batch, packed.starts, strict=True)
+            for number, path in zip(groups[i], trees[i].paths, strict=True)
+        ]
+        sides = _score(view, packed.rows, [places for _, places in asked], [tokens[number].answer for number, _ in asked], edit)
+        for kept, scores in zip((before, after), sides, strict=True):
+            for (number, _), score in zip(asked, scores.tolist(), strict=True):
+                kept[number] = score
+    return Sides(before, after if edit else None)
 
 
-def _score(view: DecoderView, contexts: list[tuple[int, ...]], answers: list[list[list[int]]]) -> list[float]:
-    """Scores of all answers of all rows of one batch, flat."""
-    ids, mask = pad(contexts).to(view.device)
-    hidden = final_hidden(view, ids, mask)
-    places, targets, counts = [], [], []
-    for row, (context, wanted) in enumerate(zip(contexts, answers, strict=True)):
-        for answer in wanted:
-            first = len(context) - len(answer)  # the position that predicts the answer's first token
-            places += [(row, first + i) for i in range(len(answer))]
-            targets += answer
-            counts.append(len(answer))
-    row_index, position = torch.tensor(places, device=view.device).T
-    token = token_log_probs(view, hidden[row_index, position], torch.tensor(targets, device=view.device))
-    return [float(part.sum()) for part in token.split(counts)]
+def _score(view: DecoderView, rows: Rows, places: list[list[int]], answers: list[list[int]], edit: Switch | None) -> tuple[Tensor, Tensor]:
+    """Scores of the answers of one batch, before and after, each [number of answers]; ``places`` predict the answers' tokens."""
+    flat = torch.tensor([place for path in places for place in path])
+    at, row = flat.unique(return_inverse=True)  # one place predicts the next token of several answers
+    targets = torch.tensor([token for answer in answers for token in answer])
+    hidden = before_and_after(view, rows.to(view.device), at.to(view.device), edit)
+    lengths = [len(answer) for answer in answers]
+    scores = [
+        torch.stack([part.sum() for part in token_log_probs(view, h, row, targets).split(lengths)]) for h in hidden[: 2 if edit else 1]
+    ]
+    return scores[0], scores[-1]
 
 
-def token_log_probs(view: DecoderView, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability [N], float32, of each target [N] under the head at hidden states [N, d], a few rows at a time."""
-    parts = []
-    with torch.no_grad():
-        for h, t in zip(hidden.split(_HEAD_ROWS), targets.split(_HEAD_ROWS), strict=True):
-            logits = view.logits(h)
-            parts.append(logits.gather(-1, t[:, None]).squeeze(-1) - logits.logsumexp(-1))
-    return torch.cat(parts).cpu()
+def token_log_probs(view: DecoderView, hidden: Tensor, row: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability [N], float32 on the processor, of each target [N] under the head at place ``row`` [N] of ``hidden`` [U, d]."""
+    found = torch.empty(len(targets))
+    for start in range(0, len(hidden), ROWS):
+        inside = ((row >= start) & (row < start + ROWS)).nonzero().squeeze(-1)
+        logits = Logits(view, hidden[start : start + ROWS])
+        here, ids = (row[inside] - start).to(hidden.device), targets[inside].to(hidden.device)
+        found[inside] = (logits.at(here, ids) - logits.log_norm[here, 0]).cpu()
+    return found

@@ -1,108 +1,206 @@
-"""Partial forward passes: read inside a decoder, stop early, or go on from a layer.
+"""Partial forward passes: open the model in front of its layers, run some of them, read inside, stop early.
 
-Legend: B sequences, T positions (right padding), d hidden size.
+One way that fits every Hugging Face decoder: the backbone runs once with stand-ins for its layers, which do nothing but
+write down what they are called with (masks, rotary embeddings). With those arguments any stretch of layers can be run by
+hand, from the embeddings or from a hidden state that was kept, and rows that hold several sequences get their mask.
+
+Legend: B rows, T columns, d hidden size, N places that are read out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from bad_neurons.batching import Rows
 from bad_neurons.models.view import DecoderView
+
+if TYPE_CHECKING:
+    from bad_neurons.selection.neurons import NeuronSelection
+
+
+class Frame(NamedTuple):
+    """What is the same for every pass over the same rows, whatever the layers hold.
+
+    Attributes:
+        embedded: input [B, T, d] of the first layer.
+        calls: keyword arguments of each layer.
+    """
+
+    embedded: Tensor
+    calls: list[dict[str, Any]]
+
+
+def open_frame(view: DecoderView, rows: Rows) -> Frame:
+    """Embed ``rows`` and find what each layer would be called with; no layer runs."""
+    calls: list[dict[str, Any]] = []
+    embedded: list[Tensor] = []
+
+    def stand_in(hidden_states: Tensor, **call: Any) -> Tensor:
+        embedded.append(hidden_states)
+        calls.append(call)
+        return hidden_states
+
+    with _replaced(view, stand_in), torch.no_grad():
+        view.backbone(
+            input_ids=rows.input_ids, attention_mask=rows.attention_mask, position_ids=rows.positions if rows.branched else None,
+            use_cache=False,
+        )  # fmt: skip
+    if rows.branched:
+        masks: dict[int, Tensor] = {}  # layers of one kind share one mask
+        for call in calls:
+            plain = call["attention_mask"]
+            if id(plain) not in masks:
+                masks[id(plain)] = _tree_mask(plain, rows, embedded[0].dtype)
+        calls = [{**call, "attention_mask": masks[id(call["attention_mask"])]} for call in calls]
+    return Frame(embedded[0], calls)
+
+
+@contextmanager
+def _replaced(view: DecoderView, stand_in: Callable[..., Tensor]) -> Iterator[None]:
+    """Every layer's ``forward`` replaced inside the block."""
+    try:
+        for part in view.layers:
+            part.layer.forward = stand_in
+        yield
+    finally:
+        for part in view.layers:
+            part.layer.__dict__.pop("forward", None)
+
+
+def _tree_mask(plain: Tensor | None, rows: Rows, dtype: torch.dtype) -> Tensor:
+    """Mask [B, 1, T, T] of rows with several sequences, from the mask that the model made for one sequence a row.
+
+    What the model's own mask says of the longest row, which has no padding, is read as a rule about positions (causal, and
+    the sliding window where the layer has one) and holds between tokens that are on one way from a root.
+    """
+    positions = rows.positions
+    if plain is None:  # sdpa was to skip the mask: causal and nothing else
+        rule = torch.ones(positions.shape[1], positions.shape[1], dtype=torch.bool, device=positions.device).tril()
+    else:
+        longest = int(rows.attention_mask.sum(1).argmax())
+        rule = plain[min(longest, len(plain) - 1), 0]
+        rule = rule if rule.dtype == torch.bool else rule >= 0
+    allowed = (rows.reach() & rule[positions[:, :, None], positions[:, None, :]])[:, None]
+    if plain is None or plain.dtype == torch.bool:
+        return allowed
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)
+
+
+Runner = Callable[[nn.Module, Tensor, dict[str, Any]], Tensor]
+
+
+def plain(layer: nn.Module, hidden: Tensor, call: dict[str, Any]) -> Tensor:
+    """Run a layer as it is."""
+    output: Tensor = layer(hidden, **call)
+    return output
+
+
+def checkpointed(run: Runner) -> Runner:
+    """Run layers keeping only their inputs for the backward pass, which runs each again."""
+    return lambda layer, hidden, call: checkpoint(run, layer, hidden, call, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def compiled() -> Runner:
+    """Run layers compiled by torch.compile, each with its edits; lengths may vary."""
+    layers: dict[nn.Module, Any] = {}
+
+    def run(layer: nn.Module, hidden: Tensor, call: dict[str, Any]) -> Tensor:
+        if layer not in layers:
+            # Compiled code is kept by code object and looked up without a look at hooks (the edits): one object a layer.
+            own = FunctionType(plain.__code__.replace(co_name=f"layer_{len(layers)}"), globals())
+            layers[layer] = torch.compile(own, dynamic=True)
+        output: Tensor = layers[layer](layer, hidden, call)
+        return output
+
+    return run
+
+
+def run_layers(view: DecoderView, frame: Frame, hidden: Tensor, first: int = 0, last: int | None = None, run: Runner = plain) -> Tensor:
+    """Hidden states [B, T, d] behind layer ``last - 1`` (default: all layers, without the final norm).
+
+    Args:
+        view: the model, with whatever edits are on.
+        frame: from :func:`open_frame` of the same rows.
+        hidden: input [B, T, d] of layer ``first``.
+        first: layer to begin with.
+        last: layer to end in front of.
+        run: how to run a layer.
+    """
+    for part, call in zip(view.layers[first:last], frame.calls[first:last], strict=True):
+        hidden = run(part.layer, hidden, call)
+    return hidden
+
+
+def read_out(view: DecoderView, hidden: Tensor, at: Tensor) -> Tensor:
+    """Hidden states [N, d] behind the final norm at flat places ``at`` [N] of [B, T, d]; the norm runs at those alone."""
+    return view.final_norm(hidden.flatten(0, 1)[at])  # type: ignore[no-any-return]
+
+
+def final_hidden(view: DecoderView, rows: Rows, at: Tensor) -> Tensor:
+    """Hidden states [N, d] behind the final norm at flat places ``at`` [N] of ``rows``, without gradients."""
+    with torch.no_grad():
+        frame = open_frame(view, rows)
+        return read_out(view, run_layers(view, frame, frame.embedded), at)
+
+
+class Switch(Protocol):
+    """An edit on a model that can be switched off."""
+
+    selection: NeuronSelection
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """The clean model inside the block."""
+
+
+def before_and_after(view: DecoderView, rows: Rows, at: Tensor, edit: Switch | None) -> tuple[Tensor, Tensor]:
+    """Final hidden states [N, d] at flat places ``at`` [N], with ``edit`` off and on, without gradients.
+
+    Layers below the first edited one run once for both. Without an edit both are the same tensor.
+    """
+    with torch.no_grad():
+        frame = open_frame(view, rows)
+        hidden = run_layers(view, frame, frame.embedded, last=edit.selection.first_layer if edit else None)
+        if edit is None:
+            return (final := read_out(view, hidden, at)), final
+        with edit.disabled():
+            before = read_out(view, run_layers(view, frame, hidden, edit.selection.first_layer), at)
+        return before, read_out(view, run_layers(view, frame, hidden, edit.selection.first_layer), at)
 
 
 class _Stop(Exception):  # noqa: N818 (not an error)
     """Ends a forward pass from inside a hook."""
 
 
-def mlp_outputs(view: DecoderView, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
-    """What the MLP block of each of ``layers`` adds to the residual stream, [B, T, d] each, without gradients.
+def visit_mlp_outputs(view: DecoderView, rows: Rows, layers: Sequence[int], visit: Callable[[int, Tensor], None]) -> None:
+    """Call ``visit(layer, output)`` with what the MLP block of each of ``layers`` adds to the residual stream, [B, T, d].
 
-    The pass ends behind the last of ``layers``; the head never runs.
+    Without gradients, in the order of the layers, while the pass goes on, so nothing of it need be kept. The pass ends behind
+    the last of ``layers``; later layers and the head never run.
     """
-    found: dict[int, Tensor] = {}
     last = max(layers)
 
-    def keep(layer: int) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            found[layer] = output
+    def hook(layer: int) -> Any:
+        def seen(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            visit(layer, output)
             if layer == last:
                 raise _Stop
 
-        return hook
+        return seen
 
-    with _hooks([view.layers[layer].sae_point.register_forward_hook(keep(layer)) for layer in layers]), torch.no_grad():
-        _run_backbone(view, input_ids, attention_mask)
-    return found
-
-
-@dataclass(frozen=True)
-class CleanPass:
-    """What one pass without edits leaves for a replay.
-
-    Attributes:
-        hidden: input [B, T, d] of the layer from which the replay starts.
-        calls: the keyword arguments (masks, rotary embeddings) of that layer and those behind it.
-        first: number of that layer.
-        final: hidden states [B, T, d] behind the final norm.
-    """
-
-    hidden: Tensor
-    calls: list[dict[str, Any]]
-    first: int
-    final: Tensor
-
-
-def clean_pass(view: DecoderView, input_ids: Tensor, attention_mask: Tensor, first: int) -> CleanPass:
-    """Run the whole backbone without gradients and record what a replay from layer ``first`` needs."""
-    hidden: list[Tensor] = []
-    calls: list[dict[str, Any]] = []
-
-    def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not hidden:
-            hidden.append(args[0] if args else kwargs["hidden_states"])
-        calls.append({key: value for key, value in kwargs.items() if key != "hidden_states"})
-
-    hooks = [part.layer.register_forward_pre_hook(record, with_kwargs=True) for part in view.layers[first:]]
-    with _hooks(hooks), torch.no_grad():
-        final = _run_backbone(view, input_ids, attention_mask)
-    assert final is not None
-    return CleanPass(hidden[0], calls, first, final)
-
-
-def replay(view: DecoderView, clean: CleanPass) -> Tensor:
-    """Final hidden states [B, T, d] of the layers from ``clean.first`` on as they are now, edits and gradients included."""
-    hidden = clean.hidden
-    for part, call in zip(view.layers[clean.first :], clean.calls, strict=True):
-        output = part.layer(hidden, **call)
-        hidden = output[0] if isinstance(output, tuple) else output
-    return view.final_norm(hidden)  # type: ignore[no-any-return]
-
-
-def final_hidden(view: DecoderView, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Hidden states [B, T, d] behind the final norm, without gradients."""
-    with torch.no_grad():
-        final = _run_backbone(view, input_ids, attention_mask)
-    assert final is not None
-    return final
-
-
-def _run_backbone(view: DecoderView, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
+    handles = [view.layers[layer].sae_point.register_forward_hook(hook(layer)) for layer in layers]
     try:
-        return view.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        with torch.no_grad():
+            frame = open_frame(view, rows)
+            run_layers(view, frame, frame.embedded, last=last + 1)
     except _Stop:
-        return None
-
-
-@contextmanager
-def _hooks(handles: list[Any]) -> Iterator[None]:
-    try:
-        yield
+        pass
     finally:
         for handle in handles:
             handle.remove()

@@ -26,7 +26,8 @@ from bad_neurons.models.load import Dtype, load_model
 from bad_neurons.models.prompts import tokenize
 from bad_neurons.models.view import view_decoder
 from bad_neurons.probe.features import Example, Pool, Tokens, extract_features
-from bad_neurons.sae.load import layer_folder, load_saes
+from bad_neurons.sae.load import SAEs, layer_folder
+from bad_neurons.shards import rank_of
 
 Features = Literal["sae", "residual"]
 SIDES = ("train", "validation", "test")
@@ -61,6 +62,7 @@ class ProbeDataModule(L.LightningDataModule):
         split_seed: seed of the division of topics.
         max_records: at most so many records, drawn evenly over topics; 0 means all.
         dtype: dtype of the model.
+        sae_gb: memory for SAEs, in GB (10^9 bytes); where they do not fit together they are loaded in turns.
     """
 
     def __init__(
@@ -78,20 +80,19 @@ class ProbeDataModule(L.LightningDataModule):
         split_seed: int = 0,
         max_records: int = 0,
         dtype: Dtype = "auto",
+        sae_gb: float = 8.0,
     ) -> None:
         super().__init__()
+        if sae_gb <= 0:
+            raise UserError(f"--data.sae_gb {sae_gb}: above 0, such as 8")
         if features == "sae" and not sae:
             raise UserError("--data.sae: needed for --data.features sae; a folder of an SAE stage, or release:id")
         self.model, self.layers, self.sae, self.features, self.folder = model, sorted(layers), sae, features, Path(folder)
         self.records, self.pool, self.tokens, self.dtype, self.max_records = records, pool, tokens, dtype, max_records
-        self.validation, self.test, self.split_seed = validation, test, split_seed
+        self.validation, self.test, self.split_seed, self.sae_gb = validation, test, split_seed, sae_gb
         self._sides: dict[str, ProbeBatch] = {}
         self.model_digest = ""
         self.widths: list[int] = []
-
-    @override
-    def prepare_data(self) -> None:
-        self._extract()
 
     @override
     def setup(self, stage: str) -> None:
@@ -120,10 +121,12 @@ class ProbeDataModule(L.LightningDataModule):
             limited = [draw_evenly(split.train, self.max_records, self.split_seed), split.validation, split.test]
             rows = [(record, side) for side, records in enumerate(limited) for record in records]
             examples, labels, sides = _examples(lm.tokenizer, rows)
-            saes = load_saes(self.sae, self.layers, view.d_model, str(view.device)) if self.sae else {}
-            origin = [digest_path(layer_folder(str(self.sae), layer)) for layer in saes] if Path(str(self.sae)).is_dir() else self.sae
+            saes = SAEs(self.sae, self.layers, view.d_model, str(view.device), self.sae_gb * 1e9)
+            local = self.sae is not None and Path(self.sae).is_dir()
+            origin = [digest_path(layer_folder(str(self.sae), layer)) for layer in self.layers] if local else self.sae
             key = f"{lm.digest} {lm.model.dtype} {origin}"
-            features = extract_features(view, examples, saes, self.layers, self.pool, self.tokens, self.folder, key)
+            rank = rank_of(self.trainer)
+            features = extract_features(view, examples, saes, self.layers, self.pool, self.tokens, self.folder, key, rank)
             self.model_digest = lm.digest
             self._extracted = (features, labels, sides)
         return self._extracted

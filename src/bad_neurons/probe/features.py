@@ -1,6 +1,9 @@
 """Pooled features of answers: SAE activations and the raw activations beside them, one pass for all layers.
 
-Legend: B sequences, T positions, d hidden size, F SAE width, N examples.
+Features never exist per token on disk, and in memory only for the tokens of one batch: while the model runs, each layer's
+output is encoded and pooled, and let go. Answers to one prompt share it in one row.
+
+Legend: N examples, P places of a batch that are pooled, B rows, T columns, d hidden size, F SAE width.
 """
 
 from __future__ import annotations
@@ -12,12 +15,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from bad_neurons.artifacts import digest_json, write_json, write_tensors
-from bad_neurons.batching import batches_by_length, pad
-from bad_neurons.models.passes import mlp_outputs
+from bad_neurons.artifacts import digest_json
+from bad_neurons.batching import Rows, batches_by_length, group_by_prefix, pack, prefix_tree
+from bad_neurons.models.passes import visit_mlp_outputs
 from bad_neurons.models.view import DecoderView
+from bad_neurons.sae.load import SAEs
+from bad_neurons.shards import ALONE, Rank, fill_shards
 
 Pool = Literal["max", "mean"]
 Tokens = Literal["answer", "all"]
@@ -26,18 +30,17 @@ _BATCH_TOKENS = 2048
 _SHARD_EXAMPLES = 256
 
 
-def pool_max(values: Tensor, mask: Tensor) -> Tensor:
-    """Largest value over the positions of ``mask`` [B, T], of ``values`` [B, T, D]: [B, D]."""
-    return values.masked_fill(~mask[..., None], float("-inf")).amax(1)
+def pool_max(values: Tensor) -> Tensor:
+    """Largest value of each feature over the tokens of an answer, [tokens, D]: [D]."""
+    return values.amax(0)
 
 
-def pool_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the positions of ``mask`` [B, T], of ``values`` [B, T, D]: [B, D]."""
-    weights = mask[..., None].to(values)
-    return (values * weights).sum(1) / weights.sum(1)
+def pool_mean(values: Tensor) -> Tensor:
+    """Mean of each feature over the tokens of an answer, [tokens, D]: [D]."""
+    return values.mean(0)
 
 
-POOLS: dict[Pool, Callable[[Tensor, Tensor], Tensor]] = {"max": pool_max, "mean": pool_mean}
+POOLS: dict[Pool, Callable[[Tensor], Tensor]] = {"max": pool_max, "mean": pool_mean}
 
 
 class Example(NamedTuple):
@@ -55,65 +58,137 @@ class Example(NamedTuple):
 def extract_features(
     view: DecoderView,
     examples: Sequence[Example],
-    saes: Mapping[int, Any],
+    saes: SAEs,
     layers: Sequence[int],
     pool: Pool,
     tokens: Tokens,
     folder: Path,
     key: str,
+    rank: Rank = ALONE,
 ) -> dict[str, Tensor]:
     """Features of all examples, ``sae.<layer>`` [N, F] and ``residual.<layer>`` [N, d], float32.
 
-    Shards of 256 examples are kept in ``folder``; those of the same ``key`` are not computed again.
+    Shards of 256 examples are kept in ``folder``; those of the same ``key`` are not computed again. Where the SAEs do not fit
+    into memory together, the first turn's encode while the model runs, and the shards keep the raw activations that the later
+    turns read: the model still runs once.
 
     Args:
         view: the model.
         examples: what to read.
-        saes: SAE of each layer; empty for residual features alone.
+        saes: the SAEs; none for residual features alone.
         layers: layers to read.
         pool: how positions become one vector.
         tokens: which positions: those of the answer, or all but BOS.
         folder: where the shards are kept.
         key: identifies model, SAEs and data.
+        rank: which of several processes this is; each computes its share of the shards.
     """
-    key = digest_json([key, sorted(layers), sorted(saes), pool, tokens, list(examples)])
-    index = folder / "index.json"
-    if not index.is_file() or key not in index.read_text():
-        for stale in folder.glob("shard-*.safetensors"):
-            stale.unlink()
-        write_json(index, {"key": key, "layers": list(layers), "examples": len(examples), "pool": pool, "tokens": tokens})
-    shards = []
-    starts = range(0, len(examples), _SHARD_EXAMPLES)
-    for number, start in enumerate(tqdm(starts, desc=f"features of {len(examples)} answers", unit="shard")):
-        path = folder / f"shard-{number:05d}.safetensors"
-        if not path.is_file():
-            write_tensors(path, _features(view, examples[start : start + _SHARD_EXAMPLES], saes, layers, pool, tokens), {"key": key})
-        shards.append(load_file(path))
-    return {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
+    layers = sorted(layers)
+    key = digest_json([key, layers, saes.turns, pool, tokens, list(examples)])
+    plans = [_plan(examples[i : i + _SHARD_EXAMPLES], tokens) for i in range(0, len(examples), _SHARD_EXAMPLES)]
+    first, later = (saes.turns[0], saes.turns[1:]) if saes.turns else ([], [])
+    raw = [layer for turn in later for layer in turn]
+    resident = saes.load(first)
+
+    def read(number: int) -> dict[str, Tensor]:
+        return _read(view, plans[number], resident, layers, raw, pool)
+
+    shards = fill_shards(folder, "shard", len(plans), key, read, f"features of {len(examples)} answers", rank)
+    paths = [shards]
+    for place, turn in enumerate(later, start=2):
+        loaded = saes.load(turn)
+
+        def encode(number: int, loaded: Mapping[int, Any] = loaded) -> dict[str, Tensor]:
+            return _encode_kept(load_file(shards[number]), plans[number], loaded, pool, view.device)
+
+        what = f"features, SAEs {place} of {len(saes.turns)}"
+        paths.append(fill_shards(folder, f"turn-{place}", len(plans), key, encode, what, rank))
+    found: dict[str, list[Tensor]] = {}
+    for path in (path for turn in paths for path in turn):
+        for name, values in load_file(path).items():
+            if not name.startswith("raw."):
+                found.setdefault(name, []).append(values)
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def _features(
-    view: DecoderView, examples: Sequence[Example], saes: Mapping[int, Any], layers: Sequence[int], pool: Pool, tokens: Tokens
+class _Batch(NamedTuple):
+    """Examples that are read together.
+
+    Attributes:
+        numbers: which examples of the shard, in the order of ``members``.
+        rows: their rows.
+        at: flat places [P] in the rows that some example pools over.
+        members: of each example, which of the P places are its own.
+    """
+
+    numbers: list[int]
+    rows: Rows
+    at: Tensor
+    members: list[Tensor]
+
+
+def _plan(examples: Sequence[Example], tokens: Tokens) -> list[_Batch]:
+    """The batches of one shard."""
+    groups = group_by_prefix([e.ids for e in examples], _BATCH_TOKENS)
+    trees = [prefix_tree([examples[i].ids for i in group]) for group in groups]
+    batches = []
+    for batch in batches_by_length([len(tree.ids) for tree in trees], _BATCH_TOKENS):
+        packed = pack([trees[i] for i in batch])
+        numbers, places = [], []
+        for i, start in zip(batch, packed.starts, strict=True):
+            for number, path in zip(groups[i], trees[i].paths, strict=True):
+                numbers.append(number)
+                places.append([start + node for node in path[examples[number].answer_start if tokens == "answer" else 1 :]])
+        at, index = torch.tensor([place for path in places for place in path]).unique(return_inverse=True)
+        batches.append(_Batch(numbers, packed.rows, at, list(index.split([len(path) for path in places]))))
+    return batches
+
+
+def _read(
+    view: DecoderView, plan: Sequence[_Batch], saes: Mapping[int, Any], layers: Sequence[int], raw: Sequence[int], pool: Pool
 ) -> dict[str, Tensor]:
-    rows: dict[str, list[Tensor]] = {}
-    order: list[int] = []
-    for batch in batches_by_length([len(e.ids) for e in examples], _BATCH_TOKENS):
-        picked = [examples[i] for i in batch]
-        ids, attention = pad([e.ids for e in picked]).to(view.device)
-        starts = torch.tensor([e.answer_start if tokens == "answer" else 1 for e in picked], device=ids.device)
-        mask = attention.bool() & (torch.arange(ids.shape[1], device=ids.device) >= starts[:, None])
-        for layer, values in mlp_outputs(view, ids, attention, layers).items():
-            rows.setdefault(f"residual.{layer}", []).append(POOLS[pool](values.float(), mask).cpu())
-            if layer in saes:
-                rows.setdefault(f"sae.{layer}", []).append(_encode_and_pool(saes[layer], values, mask, pool).cpu())
-        order += batch
-    place = torch.tensor(order).argsort()
-    return {name: torch.cat(parts)[place] for name, parts in rows.items()}
+    """Run the model over the batches of a shard: pooled activations, pooled features of ``saes``, and activations of layers ``raw``."""
+    found: dict[str, list[Tensor]] = {}
+
+    def visit(layer: int, output: Tensor) -> None:
+        values = output.flatten(0, 1)[at]
+        found.setdefault(f"residual.{layer}", []).append(_pooled(values.float(), batch.members, pool))
+        if layer in saes:
+            found.setdefault(f"sae.{layer}", []).append(_pooled(_encode(saes[layer], values), batch.members, pool))
+        if layer in raw:
+            found.setdefault(f"raw.{layer}", []).append(values.cpu())
+
+    for batch in plan:
+        at = batch.at.to(view.device)
+        visit_mlp_outputs(view, batch.rows.to(view.device), layers, visit)
+    place = _places(plan)
+    return {name: torch.cat(parts) if name.startswith("raw.") else torch.cat(parts)[place] for name, parts in found.items()}
 
 
-def _encode_and_pool(sae: Any, values: Tensor, mask: Tensor, pool: Pool) -> Tensor:
-    """Encode only the positions of ``mask``; features never exist for the others."""
-    acts = torch.zeros(*mask.shape, sae.cfg.d_sae, device=values.device)
+def _encode_kept(
+    kept: Mapping[str, Tensor], plan: Sequence[_Batch], saes: Mapping[int, Any], pool: Pool, device: torch.device
+) -> dict[str, Tensor]:
+    """Pooled features of SAEs whose turn comes after the model has run, from the shard's raw activations."""
+    found = {}
+    for layer, sae in saes.items():
+        parts = kept[f"raw.{layer}"].split([len(batch.at) for batch in plan])
+        pooled = [_pooled(_encode(sae, part.to(device)), batch.members, pool) for part, batch in zip(parts, plan, strict=True)]
+        found[f"sae.{layer}"] = torch.cat(pooled)[_places(plan)]
+    return found
+
+
+def _places(plan: Sequence[_Batch]) -> Tensor:
+    """Where each example of the shard stands in the order of the batches."""
+    return torch.tensor([number for batch in plan for number in batch.numbers]).argsort()
+
+
+def _encode(sae: Any, values: Tensor) -> Tensor:
+    """Features [P, F], float32, of activations [P, d]."""
     with torch.no_grad():
-        acts[mask] = sae.encode(values[mask].to(sae.W_dec.dtype)).float()
-    return POOLS[pool](acts, mask)
+        features: Tensor = sae.encode(values.to(sae.W_dec.dtype)).float()
+    return features
+
+
+def _pooled(values: Tensor, members: Sequence[Tensor], pool: Pool) -> Tensor:
+    """One vector an example, [examples, D] on the processor, from the values [P, D] of the batch."""
+    return torch.stack([POOLS[pool](values[index.to(values.device)]) for index in members]).cpu()

@@ -14,19 +14,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 from typing_extensions import override
 
-from bad_neurons.artifacts import digest_json, write_json, write_tensors
-from bad_neurons.batching import batches_by_length, pad
+from bad_neurons.artifacts import digest_json
+from bad_neurons.batching import Rows, batches_by_length, pack_sequences
 from bad_neurons.data.readers import load_records
 from bad_neurons.data.splits import split_by_topic
 from bad_neurons.data.text import load_paragraphs
 from bad_neurons.errors import UserError
 from bad_neurons.models.load import Dtype, LanguageModel, load_model
-from bad_neurons.models.passes import mlp_outputs
+from bad_neurons.models.passes import visit_mlp_outputs
 from bad_neurons.models.prompts import bos_ids, tokenize, tokenize_text
 from bad_neurons.models.view import DecoderView, view_decoder
+from bad_neurons.shards import ALONE, Rank, fill_shards, rank_of
 
 _SHARD_TOKENS = 8192
 _BATCH_TOKENS = 2048
@@ -100,14 +100,14 @@ class ActivationDataModule(L.LightningDataModule):
         self._train: dict[int, Tensor] = {}
         self._held_out: dict[int, Tensor] = {}
 
-    @override
-    def prepare_data(self) -> None:
+    def harvest(self, rank: Rank = ALONE) -> None:
+        """Read the model and write the shards that are missing; every rank writes its share."""
         lm = load_model(self.model, self.dtype)
         view = view_decoder(lm.model)
         view.check_layers(self.layers, "--data.layers")
         sequences = self._sequences(lm)
         key = digest_json([lm.digest, str(lm.model.dtype), sorted(self.layers), sequences])
-        harvest(view, sequences, sorted(self.layers), self.folder, key)
+        harvest(view, sequences, sorted(self.layers), self.folder, key, rank)
 
     def _sequences(self, lm: LanguageModel) -> list[list[int]]:
         """Token ids of what is read, until ``max_tokens``."""
@@ -129,6 +129,7 @@ class ActivationDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         if self._train:
             return
+        self.harvest(rank_of(self.trainer))
         shards = [load_file(path) for path in sorted(self.folder.glob("shard-*.safetensors"))]
         for layer in sorted(self.layers):
             values = torch.cat([shard[f"layer.{layer}"] for shard in shards])
@@ -154,32 +155,32 @@ class ActivationDataModule(L.LightningDataModule):
         return self.val_dataloader()
 
 
-def harvest(view: DecoderView, sequences: Sequence[Sequence[int]], layers: Sequence[int], folder: Path, key: str) -> None:
+def harvest(
+    view: DecoderView, sequences: Sequence[Sequence[int]], layers: Sequence[int], folder: Path, key: str, rank: Rank = ALONE
+) -> None:
     """Write the activations of ``sequences`` to shards of ``layer.<number>`` [n, d], bfloat16, BOS left out.
 
-    ``key`` identifies model, layers and text: shards of another key are removed, those of the same key are kept, so an
+    ``key`` identifies model, layers and text: shards of another key are replaced, those of the same key are kept, so an
     interrupted harvest goes on behind its last shard.
     """
-    index = folder / "index.json"
-    if not index.is_file() or key not in index.read_text():
-        for stale in folder.glob("shard-*.safetensors"):
-            stale.unlink()
-        write_json(index, {"key": key, "layers": list(layers)})
     batches = batches_by_length([len(s) for s in sequences], _BATCH_TOKENS)
     per_shard = _SHARD_TOKENS // _BATCH_TOKENS
     shards = [batches[i : i + per_shard] for i in range(0, len(batches), per_shard)]
-    for number, shard in enumerate(tqdm(shards, desc=f"harvesting {len(layers)} layers", unit="shard")):
-        path = folder / f"shard-{number:05d}.safetensors"
-        if path.is_file():
-            continue
+
+    def compute(number: int) -> dict[str, Tensor]:
         parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-        for batch in shard:
-            ids, mask = pad([sequences[i] for i in batch]).to(view.device)
-            keep = mask.bool()
-            keep[:, 0] = False  # BOS: its activations are outliers of their own
-            for layer, values in mlp_outputs(view, ids, mask, layers).items():
-                parts[layer].append(values[keep].to("cpu", torch.bfloat16))
-        write_tensors(path, {f"layer.{layer}": torch.cat(p) for layer, p in parts.items()}, {"key": key})
+        for batch in shards[number]:
+            rows = pack_sequences([sequences[i] for i in batch]).to(view.device)
+            keep = rows.attention_mask.bool() & (rows.positions > 0)  # BOS: its activations are outliers of their own
+            _collect(view, rows, keep, parts)
+        return {f"layer.{layer}": torch.cat(p) for layer, p in parts.items()}
+
+    fill_shards(folder, "shard", len(shards), key, compute, f"harvesting {len(layers)} layers", rank)
+
+
+def _collect(view: DecoderView, rows: Rows, keep: Tensor, parts: dict[int, list[Tensor]]) -> None:
+    """Add the activations of each layer at ``keep`` [B, T] to ``parts``."""
+    visit_mlp_outputs(view, rows, list(parts), lambda layer, values: parts[layer].append(values[keep].to("cpu", torch.bfloat16)))
 
 
 def _until(sequences: list[list[int]], limit: int, drop: int) -> list[list[int]]:

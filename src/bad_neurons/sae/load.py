@@ -46,6 +46,45 @@ def load_saes(source: str, layers: Iterable[int], d_in: int, device: str = "cpu"
     return saes
 
 
+class SAEs:
+    """The SAEs of some layers, of which as many are in memory at a time as fit into a budget.
+
+    Args:
+        source: as for :func:`load_saes`; None gives no SAEs.
+        layers: which layers.
+        d_in: hidden size that the model has.
+        device: a torch device string.
+        budget: bytes that the SAEs may take; one is loaded whatever it takes.
+
+    Attributes:
+        turns: layers whose SAEs are loaded together, turn by turn; one turn where all fit.
+
+    Raises:
+        UserError: as :func:`load_saes`.
+    """
+
+    def __init__(self, source: str | None, layers: Iterable[int], d_in: int, device: str = "cpu", budget: float = float("inf")) -> None:
+        self._source, self._d_in, self._device = source, d_in, device
+        self._loaded: dict[int, Any] = {}
+        ordered = sorted(layers) if source else []
+        if ordered:
+            first = self.load(ordered[:1])[ordered[0]]
+            size = sum(t.numel() * t.element_size() for t in first.state_dict().values())
+            together = int(max(1, min(len(ordered), budget // size)))
+            self.turns = [ordered[i : i + together] for i in range(0, len(ordered), together)]
+        else:
+            self.turns = []
+
+    def load(self, turn: Iterable[int]) -> dict[int, Any]:
+        """The SAEs of the layers of one turn; those of other turns are let go."""
+        turn = list(turn)
+        kept = {layer: sae for layer, sae in self._loaded.items() if layer in turn}
+        self._loaded = {}  # before the next ones come
+        missing = [layer for layer in turn if layer not in kept]
+        self._loaded = kept | (load_saes(str(self._source), missing, self._d_in, self._device) if missing else {})
+        return self._loaded
+
+
 def _load(source: str, layer: int, device: str) -> Any:
     from sae_lens import SAE
 

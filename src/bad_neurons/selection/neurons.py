@@ -43,6 +43,11 @@ class NeuronSelection:
         return sum(len(indices) for indices in self.layers.values())
 
     @property
+    def first_layer(self) -> int:
+        """The lowest layer that has any."""
+        return min(self.layers)
+
+    @property
     def share(self) -> float:
         """Chosen neurons as a share of all neurons of the candidate layers."""
         return self.count / (self.size * len(self.candidates))

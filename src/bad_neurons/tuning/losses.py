@@ -6,15 +6,15 @@ is the clean model asked the same question without the person, which asks for in
 Sums over tokens; the caller divides by the number of answer tokens of the whole accumulation window and all ranks (a
 mean per micro-batch is wrong under padding and accumulation, transformers#34191).
 
-The vocabulary is what makes the naive form slow: 262,144 logits in float32 are 1 MB a token, and autograd keeps several
-such tensors. All terms have closed gradients by the logits z, with p = softmax(z), q the one-hot or teacher
-distribution, p0 the clean one and H the entropy of p:
+All terms have closed gradients by the logits z, with p = softmax(z), q the one-hot or teacher distribution, p0 the clean one
+and H the entropy of p:
 
     d target/dz = p - q        d KL/dz = p - p0        d H/dz = -p (log p + H)
 
-so one pass over a chunk gives the losses and the gradient of the hidden states, and no logits outlive their chunk.
+So the losses and the gradient of the hidden states come from one walk over chunks of places, with one matrix product for
+each kind of logits and one for the gradient, and no logits outlive their chunk (:mod:`bad_neurons.models.head`).
 
-Legend: N supervised tokens, d hidden size, V vocabulary.
+Legend: N supervised places, R places of a chunk, d hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bad_neurons.models.head import ROWS, Logits
 from bad_neurons.models.view import DecoderView
-
-_CHUNK = 64  # rows of logits that exist at one time
 
 
 class LossSums(NamedTuple):
@@ -47,19 +46,19 @@ class LossSums(NamedTuple):
 
 
 class Supervision(NamedTuple):
-    """What is asked of N positions.
+    """What is asked of N places, those of answers first.
 
     Attributes:
         clean: hidden states [N, d] of the clean model.
-        targets: ids [N] of the next tokens; read only where ``is_answer`` and without a teacher.
-        is_answer: [N] bool; positions of answer tokens (target and entropy).
-        stays: [N] bool; positions where KL(clean || tuned) counts.
-        teacher: hidden states [N, d] whose distribution replaces the honest token, zeros where not ``is_answer``; or None.
+        targets: ids [N] of the next tokens; read only at answers and without a teacher.
+        answer: [N] float32; number of answer tokens that the place stands for (target and entropy).
+        stays: [N] float32; number of tokens for which KL(clean || tuned) counts.
+        teacher: hidden states [A, d] of the A places of answers, whose distribution replaces the honest token; or None.
     """
 
     clean: Tensor
     targets: Tensor
-    is_answer: Tensor
+    answer: Tensor
     stays: Tensor
     teacher: Tensor | None = None
 
@@ -70,14 +69,11 @@ def loss_sums(view: DecoderView, tuned: Tensor, asked: Supervision, alpha: float
     Args:
         view: gives the head (frozen) and the final soft cap.
         tuned: hidden states [N, d] of the edited model, with gradients.
-        asked: what is asked of each position.
+        asked: what is asked of each place.
         alpha: weight of the KL.
         beta: weight of the entropy.
     """
-    # Answers first, so that most chunks need either the teacher's logits or the clean ones, not both.
-    order = asked.is_answer.int().argsort(descending=True, stable=True)
-    sorted_asked = Supervision(*(None if t is None else t[order] for t in asked))  # type: ignore[arg-type]
-    return LossSums(*_HeadLoss.apply(tuned[order], sorted_asked, view, alpha, beta))  # type: ignore[no-untyped-call]
+    return LossSums(*_HeadLoss.apply(tuned, asked, view, alpha, beta))  # type: ignore[no-untyped-call]
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -85,13 +81,22 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, tuned: Tensor, asked: Supervision, view: DecoderView, alpha: float, beta: float) -> tuple[Tensor, ...]:
         totals = torch.zeros(3, dtype=torch.float32, device=tuned.device)
         grad = torch.empty_like(tuned) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(tuned), _CHUNK):
-            rows = slice(start, start + _CHUNK)
-            part = Supervision(*(None if t is None else t[rows] for t in asked))  # type: ignore[arg-type]
-            sums, grad_logits = _chunk(view, tuned[rows], part, alpha, beta, grad is not None)
-            totals += sums
-            if grad is not None and grad_logits is not None:
-                grad[rows] = grad_logits.to(tuned.dtype) @ view.head.weight
+        answers, (first, last) = int(asked.answer.count_nonzero()), _span(asked.stays)
+        for start in range(0, len(tuned), ROWS):
+            rows = slice(start, start + ROWS)
+            tuned_logits = Logits(view, tuned[rows])
+            pulls = []
+            if asked.teacher is not None and start < answers:
+                pulls.append(_pull("target", tuned_logits, Logits(view, asked.teacher[rows]), 0, asked.answer[rows]))
+            if first < start + ROWS and start < last:
+                begin, end = max(first, start), min(last, start + ROWS)
+                pulls.append(_pull("kl", tuned_logits, Logits(view, asked.clean[begin:end]), begin - start, asked.stays[rows]))
+            chunk = _Chunk(
+                tuned_logits, asked.answer[rows], asked.stays[rows], asked.targets[rows] if asked.teacher is None else None, pulls
+            )
+            totals += chunk.sums()
+            if grad is not None:
+                grad[rows] = chunk.gradient(view, alpha, beta)
         ctx.save_for_backward(grad)
         target, kl, entropy = totals
         return target + alpha * kl - beta * entropy, target, kl, entropy
@@ -102,62 +107,83 @@ class _HeadLoss(torch.autograd.Function):
         return (grad * grads[0], None, None, None, None)
 
 
-def _chunk(
-    view: DecoderView, tuned: Tensor, asked: Supervision, alpha: float, beta: float, want_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Sums [3] of target, KL and entropy of one chunk, and the gradient of the loss by the logits before the soft cap.
+def _span(weights: Tensor) -> tuple[int, int]:
+    """Places from the first that counts to the one behind the last that does."""
+    counted = weights.nonzero()
+    return (int(counted[0]), int(counted[-1]) + 1) if len(counted) else (0, 0)
 
-    Written for few passes over [rows, V]: the logits and their softmax are the only tensors of that size.
+
+class _Pull(NamedTuple):
+    """A distribution q that some places of a chunk are drawn to.
+
+    Attributes:
+        term: ``target`` or ``kl``.
+        rows: which places of the chunk, R' of them.
+        logits: of q.
+        weight: [R'] how often each counts.
+        total: sum of weight * KL(q || tuned).
     """
-    answer, stays = asked.is_answer.float(), asked.stays.float()
-    z = view.logits(tuned)
-    p = z.softmax(-1)
-    log_norm = _log_normaliser(z, p)
-    entropy = log_norm - torch.linalg.vecdot(p, z)
-    p0, kl = _pull(view, asked.clean, z, log_norm) if bool(stays.any()) else (None, torch.zeros_like(stays))
-    if asked.teacher is None:
-        q, target = None, log_norm - z.gather(-1, asked.targets[:, None]).squeeze(-1)
-    else:
-        q, target = _pull(view, asked.teacher, z, log_norm) if bool(answer.any()) else (None, torch.zeros_like(answer))
-    sums = torch.stack([(target * answer).sum(), (kl * stays).sum(), (entropy * answer).sum()])
-    if not want_grad:
-        return sums, None
-    weight = (answer + alpha * stays)[:, None]
-    if beta:  # log p + H = z - sum(p z)
-        weight = weight + (beta * answer)[:, None] * (z - (log_norm - entropy)[:, None])
-    grad = p.mul_(weight)
-    if p0 is not None:
-        grad.sub_(p0.mul_((alpha * stays)[:, None]))
-    if q is not None:
-        grad.sub_(q.mul_(answer[:, None]))
-    elif asked.teacher is None:
-        grad[torch.arange(len(answer), device=grad.device), asked.targets] -= answer
-    if view.softcap is not None:
-        grad.mul_(1 - (z / view.softcap) ** 2)
-    return sums, grad
+
+    term: str
+    rows: slice
+    logits: Logits
+    weight: Tensor
+    total: Tensor
 
 
-def _pull(view: DecoderView, hidden: Tensor, z: Tensor, log_norm: Tensor) -> tuple[Tensor, Tensor]:
-    """Distribution q [N, V] of ``hidden``, and KL(q || softmax(z)) [N]."""
-    zq = view.logits(hidden)
-    q = zq.softmax(-1)
-    return q, torch.linalg.vecdot(q, zq) - torch.linalg.vecdot(q, z) + log_norm - _log_normaliser(zq, q)
+def _pull(term: str, tuned: Logits, drawn_to: Logits, first: int, weights: Tensor) -> _Pull:
+    rows = slice(first, first + len(drawn_to.raw))
+    return _Pull(term, rows, drawn_to, weights[rows], drawn_to.kl_to(tuned.rows(rows)) @ weights[rows])
 
 
-def _log_normaliser(z: Tensor, p: Tensor) -> Tensor:
-    """``logsumexp(z)`` [N] from logits and their softmax, read at the largest logit."""
-    top = z.max(-1)
-    return top.values - p.gather(-1, top.indices[:, None]).squeeze(-1).log()
+class _Chunk(NamedTuple):
+    """The losses of R places: what is asked of each, in the terms of :class:`Supervision`."""
+
+    tuned: Logits
+    answer: Tensor
+    stays: Tensor
+    targets: Tensor | None
+    pulls: list[_Pull]
+
+    def sums(self) -> Tensor:
+        """Sums [3] of target, KL and entropy."""
+        totals = {pull.term: pull.total for pull in self.pulls}
+        zero = torch.zeros((), device=self.answer.device)
+        if self.targets is not None:
+            picked = self.tuned.at(torch.arange(len(self.targets), device=zero.device), self.targets)
+            totals["target"] = (self.tuned.log_norm.squeeze(-1) - picked) @ self.answer
+        entropy = (self.tuned.log_norm - self.tuned.mean).squeeze(-1) @ self.answer
+        return torch.stack([totals.get("target", zero), totals.get("kl", zero), entropy])
+
+    def gradient(self, view: DecoderView, alpha: float, beta: float) -> Tensor:
+        """Gradient [R, d] of target + alpha KL - beta entropy by the hidden states."""
+        cap, W = view.softcap, view.head.weight
+        weight, uncertain = (self.answer + alpha * self.stays)[:, None], (beta * self.answer)[:, None]
+        total = torch.zeros(len(weight), W.shape[1], device=W.device)
+        for columns, z in self.tuned.blocks():
+            grad = (z - self.tuned.log_norm).exp_()
+            # log p + H = z - mean
+            grad.mul_((z - self.tuned.mean).mul_(uncertain).add_(weight) if beta else weight)
+            for pull in self.pulls:
+                q = pull.logits.capped(pull.logits.raw[:, columns]).sub_(pull.logits.log_norm).exp_()
+                grad[pull.rows].sub_(q.mul_((pull.weight if pull.term == "target" else alpha * pull.weight)[:, None]))
+            if self.targets is not None:
+                inside = ((self.targets >= columns.start) & (self.targets < columns.stop)).nonzero().squeeze(-1)
+                grad[inside, self.targets[inside] - columns.start] -= self.answer[inside]
+            if cap is not None:
+                grad.mul_(1 - (z / cap).square_())
+            total += grad.to(W.dtype) @ W[columns]
+        return total
 
 
 def dense_loss_sums(view: DecoderView, tuned: Tensor, asked: Supervision, alpha: float, beta: float) -> LossSums:
     """The same as :func:`loss_sums` with all logits at once and autograd; the reference of the tests."""
     log_p, log_p0 = (view.logits(h).log_softmax(-1) for h in (tuned, asked.clean))
-    at = asked.is_answer
     if asked.teacher is None:
-        target = F.nll_loss(log_p[at], asked.targets[at], reduction="sum")
+        target = -log_p.gather(-1, asked.targets[:, None]).squeeze(-1) @ asked.answer
     else:
-        target = F.kl_div(log_p[at], view.logits(asked.teacher[at]).log_softmax(-1), reduction="sum", log_target=True)
-    kl = F.kl_div(log_p[asked.stays], log_p0[asked.stays], reduction="sum", log_target=True)
-    entropy = -(log_p[at].exp() * log_p[at]).sum()
+        log_q, at = view.logits(asked.teacher).log_softmax(-1), asked.answer > 0
+        target = F.kl_div(log_p[at], log_q, reduction="none", log_target=True).sum(-1) @ asked.answer[at]
+    kl = F.kl_div(log_p, log_p0, reduction="none", log_target=True).sum(-1) @ asked.stays
+    entropy = -(log_p.exp() * log_p).sum(-1) @ asked.answer
     return LossSums(target + alpha * kl - beta * entropy, target, kl, entropy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from bad_neurons.artifacts import digest_json
 from bad_neurons.data.tuning import TuningBatch
 from bad_neurons.errors import UserError
 from bad_neurons.models.load import Dtype, load_model
-from bad_neurons.models.passes import clean_pass, final_hidden, replay
+from bad_neurons.models.passes import Frame, Runner, checkpointed, compiled, final_hidden, open_frame, plain, read_out, run_layers
 from bad_neurons.models.view import view_decoder
+from bad_neurons.tuning.clean_cache import CleanCache, CleanPass
 from bad_neurons.tuning.edits import Edit, check_fits
 from bad_neurons.tuning.losses import LossSums, Supervision, loss_sums
 
@@ -39,6 +42,13 @@ class NeuronTuner(L.LightningModule):
         warmup_steps: steps over which the learning rate rises from zero.
         decay: shape of the learning rate behind the warm-up.
         dtype: dtype of the frozen model; the deltas are float32 whatever it is.
+        cache_gb: memory for what the clean model says of each batch, in GB (10^9 bytes); later epochs read it from there.
+            0 keeps nothing in memory.
+        cache_folder: keep it on disk as well, for what does not fit in memory and for later runs on the same model, data and
+            layers; None keeps nothing on disk.
+        checkpointing: keep only the inputs of the edited layers for the backward pass and run each layer again in it: less
+            memory, about a third more time.
+        compile: compile the edited layers with torch.compile; needs a C++ compiler on a processor, and minutes on first use.
     """
 
     def __init__(
@@ -53,18 +63,26 @@ class NeuronTuner(L.LightningModule):
         warmup_steps: int = 10,
         decay: Literal["none", "linear"] = "linear",
         dtype: Dtype = "auto",
+        cache_gb: float = 2.0,
+        cache_folder: str | None = None,
+        checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (("alpha", alpha), ("beta", beta), ("lr", lr), ("weight_decay", weight_decay)):
+        bounded = {"alpha": alpha, "beta": beta, "lr": lr, "weight_decay": weight_decay, "cache_gb": cache_gb}
+        for name, value in bounded.items():
             if not value >= 0:
                 raise UserError(f"--model.{name} {value}: at least 0")
         self.alpha, self.beta, self.kl_on, self.lr, self.weight_decay = alpha, beta, kl_on, lr, weight_decay
         self.optimizer, self.warmup_steps, self.decay = optimizer, warmup_steps, decay
+        self.cache_bytes, self.cache_folder = int(cache_gb * 1e9), Path(cache_folder) if cache_folder else None
+        run = compiled() if compile else plain
+        self._run: Runner = checkpointed(run) if checkpointing else run
         loaded = load_model(model, dtype, device="cpu")  # Lightning moves it to the rank's device
         self.model_id, self.model_digest, self.lm = loaded.id, loaded.digest, loaded.model
         self.view = view_decoder(loaded.model)
         self.edit: Edit | None = None
-        self._tokens = 0  # answer tokens since the last optimizer step
+        self._tokens = 0.0  # answer tokens since the last optimizer step
 
     def attach(self, edit_type: Any, selection: Any) -> Edit:
         """Put an edit of ``selection`` on the model; it becomes the only thing that learns.
@@ -74,40 +92,43 @@ class NeuronTuner(L.LightningModule):
         """
         check_fits(self.view, selection, self.model_digest)
         self.edit = edit_type(self.view, selection)
-        self.first_layer = min(selection.layers)
+        self.first_layer = selection.first_layer
+        # Whatever the numbers of a clean pass depend on besides the batch itself.
+        attention = self.lm.config._attn_implementation
+        origin = digest_json([self.model_digest, str(self.lm.dtype), self.first_layer, attention, torch.__version__])
+        self.clean_cache = CleanCache(self.cache_bytes, self.cache_folder, origin)
         return self.edit  # type: ignore[return-value]
 
     def losses(self, batch: TuningBatch) -> LossSums:
         """Sums of the losses over the supervised tokens of one batch."""
-        supervised = batch.answer | batch.retained
-        if not bool(supervised.any()):  # a rank may have drawn nothing; it still takes part in the step
+        if not len(batch.at):  # a rank may have drawn nothing; it still takes part in the step
             zero = sum(p.sum() for p in self._edit.trainable()) * 0.0
             return LossSums(zero, *([zero.detach()] * 3))  # type: ignore[arg-type, union-attr]
-        with self._edit.disabled():
-            clean = clean_pass(self.view, batch.input_ids, batch.attention_mask, self.first_layer)
-            teacher = self._teacher(batch, clean.final)
-        tuned = replay(self.view, clean)
-        stays = {"answer": batch.answer, "retention": batch.retained, "both": supervised}[self.kl_on]
-        asked = Supervision(
-            clean=clean.final[supervised],
-            targets=batch.input_ids.roll(-1, dims=1)[supervised],
-            is_answer=batch.answer[supervised],
-            stays=stays[supervised],
-            teacher=None if teacher is None else teacher[supervised],
-        )
-        return loss_sums(self.view, tuned[supervised], asked, self.alpha, self.beta)
+        frame = open_frame(self.view, batch.rows)
+        clean = self._clean_pass(batch, frame)
+        hidden = torch.zeros_like(frame.embedded).masked_scatter_(batch.rows.attention_mask[..., None].bool(), clean.hidden)
+        hidden = run_layers(self.view, frame, hidden, self.first_layer, run=self._run)
+        stays = {"answer": batch.answer, "retention": batch.retained, "both": batch.answer + batch.retained}[self.kl_on]
+        asked = Supervision(clean.final, batch.targets, batch.answer, stays, clean.teacher)
+        return loss_sums(self.view, read_out(self.view, hidden, batch.at), asked, self.alpha, self.beta)
 
-    def _teacher(self, batch: TuningBatch, like: Tensor) -> Tensor | None:
-        """Hidden states of the teacher at the batch's answer positions, [B, T, d], zero elsewhere."""
-        if batch.teacher is None:
-            return None
-        hidden = final_hidden(self.view, batch.teacher.input_ids, batch.teacher.attention_mask)
-        return torch.zeros_like(like).masked_scatter(batch.answer[..., None], hidden[batch.teacher.answer])
+    def _clean_pass(self, batch: TuningBatch, frame: Frame) -> CleanPass:
+        """What the clean model says of the batch: kept from an earlier epoch or run, or computed now."""
+        cache = self.clean_cache
+        if (kept := cache.get(batch.key)) is not None:
+            return CleanPass(*(None if t is None else t.to(self.device, non_blocking=True) for t in kept))  # type: ignore[arg-type]
+        with self._edit.disabled(), torch.no_grad():
+            hidden = run_layers(self.view, frame, frame.embedded, last=self.first_layer)
+            final = read_out(self.view, run_layers(self.view, frame, hidden, self.first_layer), batch.at)
+            teacher = final_hidden(self.view, *batch.teacher) if batch.teacher else None
+        clean = CleanPass(hidden[batch.rows.attention_mask.bool()], final, teacher)
+        cache.put(batch.key, clean)
+        return clean
 
     @override
     def training_step(self, batch: TuningBatch, batch_idx: int) -> Tensor:
         sums = self.losses(batch)
-        self._tokens += int(batch.answer.sum())
+        self._tokens += float(batch.answer.sum())
         self._log_means("train", sums, batch)
         # A sum: on_before_optimizer_step divides it by the tokens of the whole window (Lightning#20350). Lightning
         # itself divides by the number of micro-batches, which is undone here.
@@ -116,8 +137,8 @@ class NeuronTuner(L.LightningModule):
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         strategy = self.trainer.strategy
-        total = float(strategy.reduce(torch.tensor(float(self._tokens), device=self.device), reduce_op="sum"))
-        self._tokens = 0
+        total = float(strategy.reduce(torch.tensor(self._tokens, device=self.device), reduce_op="sum"))
+        self._tokens = 0.0
         for parameter in self._edit.trainable():
             if parameter.grad is not None:
                 parameter.grad.mul_(self.trainer.world_size / max(total, 1.0))  # DDP has averaged over ranks
@@ -131,7 +152,7 @@ class NeuronTuner(L.LightningModule):
         self._log_means("test", self.losses(batch), batch)
 
     def _log_means(self, stage: str, sums: LossSums, batch: TuningBatch) -> None:
-        answers, retained = int(batch.answer.sum()), int(batch.retained.sum())
+        answers, retained = (int(t.sum()) for t in (batch.answer, batch.retained))
         stays = {"answer": answers, "retention": retained, "both": answers + retained}[self.kl_on]
         means = {
             "loss": (sums.loss, answers),

@@ -1,0 +1,89 @@
+"""What the clean model says of a batch never changes, so it is computed once and kept for later epochs and later runs.
+
+Legend: n tokens of the batch without padding, N supervised places, A answer places, d hidden size.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from bad_neurons.artifacts import read_json, read_tensors, write_json, write_tensors
+
+
+class CleanPass(NamedTuple):
+    """What a tuning step needs of the clean model.
+
+    Attributes:
+        hidden: input [n, d] of the first edited layer.
+        final: hidden states [N, d] behind the final norm at the supervised places.
+        teacher: the same [A, d] of the teacher's rows at the answer places (target ``neutral``), or None.
+    """
+
+    hidden: Tensor
+    final: Tensor
+    teacher: Tensor | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensors, in bytes."""
+        return sum(t.numel() * t.element_size() for t in self if t is not None)
+
+
+class CleanCache:
+    """Clean passes by batch, in memory up to a budget, and in a folder where one is given.
+
+    The folder keeps every batch, so another run on the same model, layers and data starts with a full cache. It belongs to
+    one ``origin``; what an earlier origin left there is removed. A batch is found by a digest of its content, so changed
+    data is a miss and never a wrong answer.
+
+    Args:
+        budget: bytes of memory at most.
+        folder: where to keep the passes on disk; None keeps only what fits in memory.
+        origin: identifies model, dtype and first edited layer.
+    """
+
+    def __init__(self, budget: int, folder: Path | None, origin: str) -> None:
+        self.budget, self.folder, self.origin = budget, folder, origin
+        self.hits = self.misses = 0
+        self._kept: dict[str, CleanPass] = {}
+        self._used = 0
+        if folder:
+            index = folder / "index.json"
+            if not index.is_file() or read_json(index, "index of a clean-pass cache").get("origin") != origin:
+                for stale in folder.glob("*.safetensors"):
+                    stale.unlink(missing_ok=True)
+                write_json(index, {"origin": origin})
+
+    def get(self, key: str) -> CleanPass | None:
+        """The pass of the batch with digest ``key``, or None."""
+        found = self._kept.get(key) or self._read(key)
+        self.hits, self.misses = self.hits + (found is not None), self.misses + (found is None)
+        return found
+
+    def put(self, key: str, clean: CleanPass) -> None:
+        """Keep a pass, where there is room."""
+        clean = CleanPass(*(None if t is None else t.cpu() for t in clean))  # type: ignore[arg-type]
+        self._keep(key, clean)
+        if self.folder:
+            write_tensors(self._path(key), {name: t for name, t in clean._asdict().items() if t is not None}, {"origin": self.origin})
+
+    def _keep(self, key: str, clean: CleanPass) -> None:
+        if self._used + clean.bytes <= self.budget:
+            self._kept[key] = clean
+            self._used += clean.bytes
+
+    def _read(self, key: str) -> CleanPass | None:
+        if not self.folder or not self._path(key).is_file():
+            return None
+        tensors, metadata = read_tensors(self._path(key), "kept clean pass")
+        if metadata.get("origin") != self.origin:  # two runs share the folder, and the other one has another origin
+            return None
+        self._keep(key, clean := CleanPass(**tensors))
+        return clean
+
+    def _path(self, key: str) -> Path:
+        assert self.folder
+        return self.folder / f"{key[:32]}.safetensors"
