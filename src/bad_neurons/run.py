@@ -56,7 +56,18 @@ def run(config_path: Path, out: str | None = None, force: list[str] | None = Non
     with written_aside(folder / "config.yaml") as aside:
         aside.write_text(config_path.read_text(encoding="utf-8"), encoding="utf-8")
     ran = {stage.name: _run_stage(stage, folder, stage.name in (force or [])) for stage in stages}
-    return _finish(folder, {name: seconds for name, (seconds, _) in ran.items()}, show=not ran["evaluation"][1])
+    if any(now for _, now in ran.values()) or not _is_finished(folder):
+        results = _finish(folder, {name: seconds for name, (seconds, _) in ran.items()})
+    else:
+        results = read_json(folder / "results.json", "results of the run")
+    if not ran["evaluation"][1]:  # that stage shows the table itself
+        from rich.console import Console
+
+        from bad_neurons.report.terminal import results_table
+
+        Console().print(results_table(results))
+    log.info("results: %s\nreport:  %s", folder / "results.json", folder / "report.html")
+    return results
 
 
 def stage_key(stage: Stage) -> str:
@@ -116,12 +127,17 @@ def _model_stamp(config: Config) -> Any:
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.glob("*"))] if folder.is_dir() else model
 
 
-def _finish(folder: Path, seconds: dict[str, float], show: bool) -> Config:
-    """Write results.json and report.html, and show the table where the evaluation stage has not just done so."""
-    from rich.console import Console
+def _is_finished(folder: Path) -> bool:
+    """Whether results and report are there as this version writes them."""
+    results = folder / "results.json"
+    if not results.is_file() or not (folder / "report.html").is_file():
+        return False
+    return bool(read_json(results, "results of the run").get("versions", {}).get("bad-neurons") == __version__)
 
+
+def _finish(folder: Path, seconds: dict[str, float]) -> Config:
+    """Write results.json and report.html."""
     from bad_neurons.report.html import write_report
-    from bad_neurons.report.terminal import results_table
 
     results: Config = {
         "name": folder.name,
@@ -132,10 +148,7 @@ def _finish(folder: Path, seconds: dict[str, float], show: bool) -> Config:
         "seconds": seconds,
     }
     write_json(folder / "results.json", results)
-    report = write_report(folder)
-    if show:
-        Console().print(results_table(results))
-    log.info("results: %s\nreport:  %s", folder / "results.json", report)
+    write_report(folder)
     return results
 
 

@@ -33,11 +33,19 @@ def dense(view, hidden):
     return z if view.softcap is None else view.softcap * torch.tanh(z / view.softcap)
 
 
-def test_blocks_are_the_logits(view, block):
-    hidden = torch.randn(R, D)
-    columns, blocks = zip(*Logits(view, hidden).blocks(), strict=True)
-    assert len(blocks) == -(-V // block)
-    assert [c.start for c in columns] == list(range(0, V, block))
+@pytest.mark.parametrize("threads", [1, 2])
+def test_blocks_are_the_logits(view, block, threads):
+    hidden, before = torch.randn(R, D), torch.get_num_threads()
+    logits = Logits(view, hidden)
+    torch.set_num_threads(threads)
+    try:
+        found = logits.each_block(lambda columns: (columns.start, logits.block(columns), torch.get_num_threads()))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    starts, blocks, inside = zip(*found, strict=True)
+    assert list(starts) == list(range(0, V, block))
+    assert set(inside) == {1}
     torch.testing.assert_close(torch.cat(blocks, 1).double(), dense(view, hidden), rtol=1e-5, atol=1e-5)
 
 

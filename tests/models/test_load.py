@@ -33,9 +33,10 @@ def test_a_folder_is_loaded_frozen(tiny_folder, family):
     assert lm.tokenizer("a")["input_ids"][0] == lm.tokenizer.bos_token_id == 2
 
 
-def test_attention_is_eager_where_it_is_capped(tiny):
-    assert tiny("gemma2").model.config._attn_implementation == "eager"
-    assert tiny("gemma3").model.config._attn_implementation == "sdpa"
+@pytest.mark.parametrize(("family", "gpu", "attention"), [("gemma2", True, "eager"), ("gemma3", True, "sdpa"), ("gemma3", False, "eager")])
+def test_attention_is_eager_where_it_is_capped_and_on_a_processor(tiny_folder, monkeypatch, family, gpu, attention):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert load_model(tiny_folder(family), "float32", "cpu").model.config._attn_implementation == attention
 
 
 def test_a_model_that_the_hub_does_not_have():

@@ -9,9 +9,10 @@ Legend: R places, d hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cached_property
-from typing import NamedTuple
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, cached_property
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from torch import Tensor
 from bad_neurons.models.view import DecoderView
 
 ROWS = 256  # places whose logits exist at one time; fewer make the matrix products slower
-_BLOCK = 4096  # entries of the vocabulary in one block on a processor: 256 x 4,096 x 4 bytes = 4 MB; a GPU takes them all at once
+_BLOCK = 2048  # entries of the vocabulary in one block on a processor: 256 x 2,048 x 4 bytes = 2 MB; a GPU takes them all at once
+
+Result = TypeVar("Result")
 
 
 class _Walk(NamedTuple):
@@ -40,13 +43,20 @@ class Logits:
             self.raw: Tensor = view.head(hidden)
         self._view = view
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Columns of the vocabulary, and the logits there, soft cap included: [R, block], float32, the caller's own."""
-        V = self.raw.shape[1]
+    def each_block(self, call: Callable[[slice], Result]) -> list[Result]:
+        """Call with every block of columns of the vocabulary; the results in order.
+
+        On a processor each block is one thread's: torch's own way, all threads on one block, would meet after every small
+        operation, and wait there for whatever else the machine does.
+        """
+        V, threads = self.raw.shape[1], 1 if self.raw.is_cuda else torch.get_num_threads()
         step = V if self.raw.is_cuda else _BLOCK
-        for start in range(0, V, step):
-            columns = slice(start, start + step)
-            yield columns, self.capped(self.raw[:, columns])
+        blocks = [slice(start, min(start + step, V)) for start in range(0, V, step)]
+        return [call(block) for block in blocks] if threads == 1 else list(_workers(threads).map(call, blocks))
+
+    def block(self, columns: slice) -> Tensor:
+        """Logits of some columns, soft cap included: [R, block], float32, the caller's own."""
+        return self.capped(self.raw[:, columns])
 
     def capped(self, raw: Tensor) -> Tensor:
         """Raw logits of any shape as float32 with the soft cap; a copy."""
@@ -64,12 +74,15 @@ class Logits:
 
     @cached_property
     def _walk(self) -> _Walk:
-        norm, weighted = (torch.zeros(len(self.raw), device=self.raw.device) for _ in range(2))
-        for _, z in self.blocks():
-            e = (z - self.top).exp_()
-            norm += e.sum(-1)
-            weighted += torch.linalg.vecdot(e, z)
-        return _Walk(self.top + norm.log()[:, None], (weighted / norm)[:, None])
+        top = self.top
+
+        def sums(columns: slice) -> Tensor:
+            z = self.block(columns)
+            e = (z - top).exp_()
+            return torch.stack([e.sum(-1), torch.linalg.vecdot(e, z)])
+
+        norm, weighted = torch.stack(self.each_block(sums)).sum(0)
+        return _Walk(top + norm.log()[:, None], (weighted / norm)[:, None])
 
     @property
     def log_norm(self) -> Tensor:
@@ -83,14 +96,15 @@ class Logits:
 
     def kl_to(self, other: Logits) -> Tensor:
         """KL(self || other) of each place in nats, [R], float32; exactly 0 where the logits are the same."""
-        norm, own, cross = (torch.zeros(len(self.raw), device=self.raw.device) for _ in range(3))
-        for columns, z in self.blocks():
-            e = (z - self.top).exp_()
-            norm += e.sum(-1)
-            own += torch.linalg.vecdot(e, z)
-            cross += torch.linalg.vecdot(e, other.capped(other.raw[:, columns]))
-        if "_walk" not in self.__dict__:  # the same walk gives them
-            self.__dict__["_walk"] = _Walk(self.top + norm.log()[:, None], (own / norm)[:, None])
+        top = self.top
+
+        def sums(columns: slice) -> Tensor:
+            z = self.block(columns)
+            e = (z - top).exp_()
+            return torch.stack([e.sum(-1), torch.linalg.vecdot(e, z), torch.linalg.vecdot(e, other.block(columns))])
+
+        norm, own, cross = torch.stack(self.each_block(sums)).sum(0)
+        self.__dict__["_walk"] = _Walk(top + norm.log()[:, None], (own / norm)[:, None])  # the same walk gives them
         return own / norm - cross / norm + (other.log_norm - self.log_norm).squeeze(-1)
 
     def rows(self, rows: slice) -> Logits:
@@ -99,3 +113,8 @@ class Logits:
         part.raw, part._view = self.raw[rows], self._view
         part.__dict__ |= {"top": self.top[rows], "_walk": _Walk(*(t[rows] for t in self._walk))}
         return part
+
+
+@cache
+def _workers(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "head", initializer=lambda: torch.set_num_threads(1))

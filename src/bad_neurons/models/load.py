@@ -103,9 +103,14 @@ def model_digest(model: PreTrainedModel) -> str:
 
 
 def _attention(config: Any) -> str | None:
+    """Name of the attention to load, None for transformers' own choice (sdpa)."""
+    import torch
+
     # sdpa drops Gemma-2's attention soft cap or gives NaN under padding (transformers#32390).
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    return "eager" if capped else None
+    # On a processor, plain matrix products beat torch's fused kernel on short rows and equal it on long ones
+    # (benchmarks/attention.py).
+    return "eager" if capped or not torch.cuda.is_available() else None
 
 
 def _explain(model: str, source: str, error: Exception) -> str:

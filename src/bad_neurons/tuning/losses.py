@@ -156,24 +156,27 @@ class _Chunk(NamedTuple):
         return torch.stack([totals.get("target", zero), totals.get("kl", zero), entropy])
 
     def gradient(self, view: DecoderView, alpha: float, beta: float) -> Tensor:
-        """Gradient [R, d] of target + alpha KL - beta entropy by the hidden states."""
-        cap, W = view.softcap, view.head.weight
+        """Gradient [R, d] of target + alpha KL - beta entropy by the hidden states. Each logit gives its place to its gradient."""
+        cap, log_norm, mean = view.softcap, self.tuned.log_norm, self.tuned.mean
         weight, uncertain = (self.answer + alpha * self.stays)[:, None], (beta * self.answer)[:, None]
-        total = torch.zeros(len(weight), W.shape[1], device=W.device)
-        for columns, z in self.tuned.blocks():
-            grad = (z - self.tuned.log_norm).exp_()
+        pulls = [(p.rows, p.logits, p.logits.log_norm, (p.weight if p.term == "target" else alpha * p.weight)[:, None]) for p in self.pulls]
+
+        def replace(columns: slice) -> None:
+            z = self.tuned.block(columns)
+            grad = (z - log_norm).exp_()
             # log p + H = z - mean
-            grad.mul_((z - self.tuned.mean).mul_(uncertain).add_(weight) if beta else weight)
-            for pull in self.pulls:
-                q = pull.logits.capped(pull.logits.raw[:, columns]).sub_(pull.logits.log_norm).exp_()
-                grad[pull.rows].sub_(q.mul_((pull.weight if pull.term == "target" else alpha * pull.weight)[:, None]))
+            grad.mul_((z - mean).mul_(uncertain).add_(weight) if beta else weight)
+            for rows, logits, their_norm, pulled in pulls:
+                grad[rows].sub_(logits.block(columns).sub_(their_norm).exp_().mul_(pulled))
             if self.targets is not None:
                 inside = ((self.targets >= columns.start) & (self.targets < columns.stop)).nonzero().squeeze(-1)
                 grad[inside, self.targets[inside] - columns.start] -= self.answer[inside]
             if cap is not None:
                 grad.mul_(1 - (z / cap).square_())
-            total += grad.to(W.dtype) @ W[columns]
-        return total
+            self.tuned.raw[:, columns] = grad
+
+        self.tuned.each_block(replace)
+        return self.tuned.raw @ view.head.weight
 
 
 def dense_loss_sums(view: DecoderView, tuned: Tensor, asked: Supervision, alpha: float, beta: float) -> LossSums:
