@@ -52,10 +52,10 @@ def test_a_token_reaches_its_own_beginning_and_nothing_else(forest, width):
 
 def test_rows_by_hand():
     rows, starts = pack([prefix_tree([[5, 6]]), prefix_tree([[7, 8, 9], [7, 1]]), prefix_tree([[4]])], width=6)
-    assert rows.input_ids.tolist() == [[7, 1, 8, 9, 5, 6], [4, 0, 0, 0, 0, 0]]
-    assert rows.attention_mask.tolist() == [[1] * 6, [1, 0, 0, 0, 0, 0]]
-    assert rows.positions.tolist() == [[0, 1, 1, 2, 0, 1], [0] * 6]
-    assert rows.ends.tolist() == [[4, 2, 4, 4, 6, 6], [1, 0, 0, 0, 0, 0]]
+    assert rows.input_ids.tolist() == [[7, 1, 8, 9], [5, 6, 4, 0]]  # six columns would be [7 1 8 9 5 6] and [4 0 0 0 0 0]
+    assert rows.attention_mask.tolist() == [[1] * 4, [1, 1, 1, 0]]
+    assert rows.positions.tolist() == [[0, 1, 1, 2], [0, 1, 0, 0]]
+    assert rows.ends.tolist() == [[4, 2, 4, 4], [2, 2, 3, 0]]
     assert starts == [4, 0, 6]
     assert rows.branched
 

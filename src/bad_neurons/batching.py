@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 
+_WIDTH_STEP = 8  # columns between two widths that are tried
+
+
 class Tree(NamedTuple):
     """Sequences that share beginnings, as nodes in depth-first order.
 
@@ -131,27 +134,42 @@ def pack(trees: Sequence[Tree], width: int = 0) -> Packed:
 
     Args:
         trees: what to lay out.
-        width: fill rows up to so many columns (the longest tree's length at least); 0 gives each tree a row of its own.
+        width: rows may hold several trees and be up to so many columns wide (as wide as the longest tree at least); of these
+            widths the one with the least padding is taken. 0 gives each tree a row of its own.
     """
-    width = max(width, *(len(tree.ids) for tree in trees)) if width else 0
-    used: list[int] = []  # columns taken in each row
-    places: dict[int, tuple[int, int]] = {}
-    for number in sorted(range(len(trees)), key=lambda i: -len(trees[i].ids)) if width else range(len(trees)):  # first fit, longest first
-        size = len(trees[number].ids)
-        row = next((r for r, taken in enumerate(used) if taken + size <= width), len(used))
-        if row == len(used):
-            used.append(0)
-        places[number] = (row, used[row])
-        used[row] += size
-    T = max(used)
-    ids, mask, positions, ends = (torch.zeros(len(used), T, dtype=torch.long) for _ in range(4))
-    for number, (row, start) in places.items():
-        tree = trees[number]
+    sizes = [len(tree.ids) for tree in trees]
+    widest = max(sizes)
+    layouts = (
+        [_first_fit(sizes, w) for w in (*range(widest, width, _WIDTH_STEP), max(widest, width))]
+        if width
+        else [[(i, 0) for i in range(len(sizes))]]
+    )
+    places, B, T = min(((places, *_extent(places, sizes)) for places in layouts), key=lambda layout: layout[1] * layout[2])
+    ids, mask, positions, ends = (torch.zeros(B, T, dtype=torch.long) for _ in range(4))
+    for (row, start), tree in zip(places, trees, strict=True):
         span = slice(start, start + len(tree.ids))
         ids[row, span], positions[row, span] = torch.as_tensor(tree.ids), torch.as_tensor(tree.positions)
         mask[row, span], ends[row, span] = 1, torch.as_tensor(tree.ends) + start
-    branched = len(used) < len(trees) or any(len(tree.ids) > tree.positions[-1] + 1 for tree in trees)
-    return Packed(Rows(ids, mask, positions, ends, branched), [row * T + start for row, start in (places[i] for i in range(len(trees)))])
+    branched = len(trees) > B or any(len(tree.ids) > tree.positions[-1] + 1 for tree in trees)
+    return Packed(Rows(ids, mask, positions, ends, branched), [row * T + start for row, start in places])
+
+
+def _first_fit(sizes: Sequence[int], width: int) -> list[tuple[int, int]]:
+    """Row and first column of each piece: longest first, into the first row with room for it."""
+    used: list[int] = []
+    places: dict[int, tuple[int, int]] = {}
+    for number in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        row = next((r for r, taken in enumerate(used) if taken + sizes[number] <= width), len(used))
+        if row == len(used):
+            used.append(0)
+        places[number] = (row, used[row])
+        used[row] += sizes[number]
+    return [places[number] for number in range(len(sizes))]
+
+
+def _extent(places: Sequence[tuple[int, int]], sizes: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns that pieces take."""
+    return max(row for row, _ in places) + 1, max(start + size for (_, start), size in zip(places, sizes, strict=True))
 
 
 def pack_sequences(sequences: Sequence[Sequence[int]]) -> Rows:

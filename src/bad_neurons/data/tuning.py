@@ -26,7 +26,7 @@ from bad_neurons.models.prompts import Turn, tokenize, tokenize_text
 
 Target = Literal["honest", "neutral"]
 
-_ROW_WIDTH = 128  # short prompts share rows up to here: less padding, and attention still costs little at this width
+_ROW_WIDTH = 256  # short prompts share rows up to here: less padding, and attention still costs little at this width
 
 
 class TeacherBatch(NamedTuple):
@@ -103,7 +103,7 @@ class SycophancyDataModule(L.LightningDataModule):
         max_records: int = 0,
         target: Target = "honest",
         wrong_persons_only: bool = False,
-        batch_tokens: int = 512,
+        batch_tokens: int = 704,
         retention: str | None = "python-docs",
         retention_rows: int = 2,
         retention_tokens: int = 64,

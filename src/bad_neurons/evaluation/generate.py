@@ -10,6 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bad_neurons.models.prompts import Turn, tokenize
 
+_BATCH = 16  # prompts that are continued together, padded on the left
+
 
 def greedy_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Turn]], max_new_tokens: int = 40
@@ -22,14 +24,22 @@ def greedy_answers(
         prompts: the turns of each.
         max_new_tokens: length of an answer at most.
     """
-    answers = []
-    for turns in prompts:
-        ids = torch.tensor([tokenize(tokenizer, turns).prompt], device=model.device)
-        with torch.no_grad():
-            out = model.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, top_k=None, top_p=None,
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            )  # fmt: skip
-        text = str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
-        answers.append(re.split(r"\n+(?:Human|Assistant)\b:?", text)[0].strip())
-    return answers
+    ids = [tokenize(tokenizer, turns).prompt for turns in prompts]
+    return [
+        answer
+        for start in range(0, len(ids), _BATCH)
+        for answer in _continue(model, tokenizer, ids[start : start + _BATCH], max_new_tokens)
+    ]
+
+
+def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+    width = max(map(len, prompts))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    with torch.no_grad():
+        out = model.generate(  # type: ignore[operator]
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, top_k=None, top_p=None, pad_token_id=pad,
+        )  # fmt: skip
+    texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+    return [re.split(r"\n+(?:Human|Assistant)\b:?", text)[0].strip() for text in texts]

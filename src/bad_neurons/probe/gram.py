@@ -1,15 +1,15 @@
 """The probe as a small dense problem: Gram matrices of layers, and logistic regression on them.
 
-With an L2 penalty the best weights are a combination of the training examples, ``w = X^T alpha``, so a probe on any layers
-needs no more of the features than the inner products of the examples; and the inner products of features side by side are
-the sum of those of the parts. One pass over the features of each layer is enough for the probes of all sets of layers.
+With an L2 penalty the best weights are a combination of the training examples, ``w = X^T alpha``, so a probe needs no more of
+its features than the inner products of the examples; and the inner products of features side by side are the sum of those
+of the parts. One pass over the features of each layer is enough for the probes of all sets of layers.
 
 Legend: N training examples, M validation examples, D features of a layer (or of several side by side).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,15 +17,16 @@ from torch import Tensor
 
 from bad_neurons.errors import UserError
 
-_TOLERANCE = 1e-8  # of a probability
+_TOLERANCE = 1e-7  # in units of a probability
+_MAX_STEPS = 200
 _BLOCKS = 4
 
 
 class Gram(NamedTuple):
-    """Inner products of the examples, the mean of the training side taken off, in float64.
+    """Inner products of examples from which the training mean was taken off.
 
-    Taking the mean off changes nothing but the bias, which has no penalty, and the sums stay accurate: most of the energy
-    of pooled features is their mean.
+    Taking it off changes nothing but the bias, which has no penalty, and rounding does less harm: the mean is about half of
+    the energy of pooled features.
 
     Attributes:
         train: training with training examples, [N, N].
@@ -39,43 +40,46 @@ class Gram(NamedTuple):
     squares: float
     width: int
 
-    def mean_square(self, *others: Gram) -> float:
-        """Mean square of the training features of this and other layers side by side: the square of the probe's scale."""
-        grams = (self, *others)
-        # The bound is the one of LinearProbe's scale, for layers of nothing but zeros.
-        return max(sum(g.squares for g in grams) / (len(self.train) * sum(g.width for g in grams)), 1e-16)
-
-    def beside(self, other: Gram) -> Gram:
-        """The Gram matrices of the features of both, side by side."""
-        return Gram(
-            self.train + other.train, self.validation + other.validation, self.squares + other.squares, self.width + other.width
-        )
-
 
 def gram(train: Tensor, validation: Tensor) -> Gram:
-    """Gram matrices of features [N, D] and [M, D] of any dtype.
+    """Gram matrices of features [N, D] and [M, D], computed and kept in the features' dtype.
 
-    The products run in float64: rounding in float32 would move the fit where the penalty is small, and costs little less.
+    Rounding in float32 moves the log-odds of a probe by about 1e-5 at a penalty of 0.1, and by 1e-3 where the penalty hardly
+    holds (1e-3 on residual features); give float64 features for less.
     """
-    x = train.double()
-    centred = torch.cat([x, validation.double()]) - x.mean(0)
-    n = len(x)
-    product = x.new_empty(len(centred), n)
+    n = len(train)
+    mean = train.mean(0, dtype=torch.float64).to(train)
+    centred = train.new_empty(n + len(validation), train.shape[1])
+    torch.sub(train, mean, out=centred[:n])
+    torch.sub(validation, mean, out=centred[n:])
+    product = train.new_empty(len(centred), n)
     size = -(-n // _BLOCKS)
     for start in range(0, n, size):  # only the blocks on and below the diagonal
         stop = min(start + size, n)
         torch.mm(centred[start:], centred[start:stop].T, out=product[start:, start:stop])
     lower = product[:n].tril()
-    return Gram(lower + lower.tril(-1).T, product[n:], float(x.square().sum()), x.shape[1])
+    squares = float(torch.linalg.vector_norm(train, dtype=torch.float64)) ** 2
+    return Gram(lower + lower.tril(-1).T, product[n:].clone(), squares, train.shape[1])
+
+
+def side_by_side(one: Gram, other: Gram) -> Gram:
+    """Gram matrices of the features of both."""
+    return Gram(one.train + other.train, one.validation + other.validation, one.squares + other.squares, one.width + other.width)
+
+
+def mean_square(grams: Sequence[Gram]) -> float:
+    """Mean square of all training features: the square of the one number that ``LinearProbe`` divides them by."""
+    mean = sum(g.squares for g in grams) / (len(grams[0].train) * sum(g.width for g in grams))
+    return max(mean, 1e-16)  # LinearProbe's bound, for features of nothing but zeros
 
 
 class DualFit(NamedTuple):
     """Logistic regression in the span of the training examples.
 
     Attributes:
-        alpha: coefficient of each training example, [N]; they sum to 0. The weights are ``X^T alpha``.
-        bias: the intercept for features from which the training mean was taken off.
-        logits: log-odds of the training examples, [N].
+        alpha: coefficient of each training example, [N], float64; they sum to 0. The weights are ``X^T alpha``, X scaled.
+        bias: the intercept, for features from which the training mean was taken off.
+        logits: log-odds of the training examples, [N], float64.
     """
 
     alpha: Tensor
@@ -83,95 +87,134 @@ class DualFit(NamedTuple):
     logits: Tensor
 
 
-def fit_logistic(kernel: Tensor, y: Tensor, l2: float, start: Tensor | None = None) -> DualFit:
-    """Minimise ``mean(cross-entropy) + l2 / 2 * alpha^T kernel alpha`` over alpha and an unpenalised bias.
+def validation_logits(fit: DualFit, grams: Sequence[Gram]) -> Tensor:
+    """Log-odds [M], float64, that a fit to features side by side gives the validation examples."""
+    products = torch.stack([g.validation.double() @ fit.alpha for g in grams]).sum(0)
+    return products / mean_square(grams) + fit.bias
 
-    Newton's method on ``l2 * N * alpha + sigmoid(kernel @ alpha + bias) = y``. A Cholesky factor costs ten times what a step
-    costs, so it serves as long as the residual falls tenfold from step to step. The start is a vector of log-odds and not of
-    coefficients: the answer to "how likely is each example" hardly changes with one layer more, the coefficients do.
+
+class DualLogistic:
+    """Fits probes to the same labels, one after the other, in the same memory.
+
+    Fresh memory for each would cost half as much time again as the sums. One object belongs to one thread.
 
     Args:
-        kernel: inner products of the scaled training features, [N, N], float64.
-        y: labels 0 and 1, both of them, [N], float64.
+        y: labels 0 and 1, both of them, [N].
         l2: penalty on the squared norm of the weights, per example; above 0.
-        start: log-odds to start from, [N]; None is the share of label 1.
-
-    Raises:
-        UserError: the penalty is so small that rounding hides the optimum.
     """
-    c = l2 * len(y)
-    logits = torch.logit(y.mean()).expand_as(y) if start is None else start
-    p = logits.sigmoid()
-    weights = _curvature(p)
-    factor = _Factor(kernel, weights, c)
-    alpha, bias = factor.solve(logits + (y - p) / weights, y.new_zeros(()))
-    logits = kernel @ alpha + bias
-    before = torch.inf
-    for _ in range(100):
+
+    def __init__(self, y: Tensor, l2: float) -> None:
+        n = len(y)
+        self._y, self._l2, self._c = y.double(), l2, l2 * n
+        self._kernel = torch.empty(n, n, dtype=torch.float64)
+        self._matrix = torch.empty(n, n)
+        self._cholesky = torch.empty(n, n).mT  # LAPACK's order, else it is copied
+
+    def fit(self, grams: Sequence[Gram], start: Tensor | None = None) -> DualFit:
+        """Minimise ``mean(cross-entropy) + l2 / 2 * |w|^2`` over the weights and a bias that has no penalty.
+
+        Newton's method on ``l2 * N * alpha + sigmoid(kernel @ alpha + bias) = y``. Factors cost ten times what a step costs,
+        so one serves as long as the error falls well from step to step. The start is a vector of log-odds and not of
+        coefficients: one layer more hardly changes how likely each example is, but it changes the coefficients beyond use.
+
+        Args:
+            grams: of features that lie side by side.
+            start: log-odds to start from, [N]; None is the share of label 1.
+
+        Raises:
+            UserError: the penalty is so small that rounding hides the optimum.
+        """
+        kernel, y, c = self._scaled(grams), self._y, self._c
+        logits = torch.logit(y.mean()).expand_as(y) if start is None else start
         p = logits.sigmoid()
-        residual = c * alpha + p - y
-        size = float(residual.abs().max())
-        if size <= _TOLERANCE:
-            return DualFit(alpha, float(bias), logits)
-        if size > 0.1 * before:
-            factor = _Factor(kernel, _curvature(p), c)
-        before = size
-        pull = kernel @ residual / c
-        step, bias_step = factor.solve(pull, residual.sum() / c)
-        logits_step = kernel @ step - pull + bias_step
-        step -= residual / c
-        length = _length(logits, logits_step, y, l2, step @ (logits - bias), step @ (logits_step - bias_step)) if size > 1e-3 else 1.0
-        alpha, bias, logits = alpha + length * step, bias + length * bias_step, logits + length * logits_step
-    raise UserError(f"--l2 {l2}: too small for the probe to be fitted in double precision; give at least {l2 * 100:.0e}")
+        factor = self._factor(kernel, p)
+        alpha, bias = factor.solve(logits + (y - p) / factor.curvature, y.new_zeros(()))
+        logits = kernel @ alpha + bias
+        before = torch.inf
+        for _ in range(_MAX_STEPS):
+            p = logits.sigmoid()
+            residual = alpha + (p - y) / c
+            error = float(residual.abs().max()) * c
+            if error <= _TOLERANCE:
+                return DualFit(alpha, float(bias), logits)
+            if error > 0.3 * before:
+                factor = self._factor(kernel, p)
+            before = error
+            pull = kernel @ residual
+            step, bias_step = factor.solve(pull, residual.sum())
+            logits_step = kernel @ step - pull + bias_step
+            step = step - residual
+            length = 1.0
+            if error > 1e-2:
+                penalty = torch.stack([step @ (logits - bias), step @ (logits_step - bias_step)]) * self._l2
+                length = _length(logits, logits_step, y, *penalty.tolist())
+            alpha, bias, logits = alpha + length * step, bias + length * bias_step, logits + length * logits_step
+        raise UserError(f"--l2 {self._l2}: too small for the probe to be fitted with the precision of a double; give a larger one")
 
+    def _scaled(self, grams: Sequence[Gram]) -> Tensor:
+        """Inner products of the scaled training features, [N, N]."""
+        self._kernel.copy_(grams[0].train)
+        for gram in grams[1:]:
+            self._kernel.add_(gram.train)
+        return self._kernel.div_(mean_square(grams))
 
-def _curvature(p: Tensor) -> Tensor:
-    return (p * (1 - p)).clamp_min(1e-12)
+    def _factor(self, kernel: Tensor, p: Tensor) -> _Factor:
+        curvature = (p * (1 - p)).clamp_min(1e-12)
+        root = curvature.sqrt()
+        largest = float(curvature @ kernel.diagonal()) / self._c  # the trace bounds the largest eigenvalue
+        if largest * torch.finfo(torch.float32).eps > 0.05:  # too much for steps in single precision
+            self._matrix, self._cholesky = self._matrix.double(), self._cholesky.double()
+        torch.mul(kernel, root / self._c, out=self._matrix).mul_(root[:, None])
+        self._matrix.diagonal().add_(1)
+        return _Factor(curvature, root, torch.linalg.cholesky(self._matrix, out=self._cholesky), self._c)
 
 
 class _Factor:
-    """Solves ``(kernel + c / weights) alpha + bias = target`` for alpha of a given sum and the bias.
+    """Solves ``(kernel + c / curvature) alpha + bias = target`` for alpha of a given sum, and the bias.
 
-    Multiplied by the root of the weights from both sides the matrix has no eigenvalue below 1 (after division by c),
-    however small a weight is.
+    With the root of the curvature multiplied to both sides, and divided by c, the matrix has no eigenvalue below 1 however
+    little curvature an example has; ``cholesky`` is the factor of that.
     """
 
-    def __init__(self, kernel: Tensor, weights: Tensor, c: float) -> None:
-        self._root, self._c = weights.sqrt(), c
-        matrix = kernel * (self._root / c)
-        matrix *= self._root[:, None]
-        matrix.diagonal().add_(1)
-        self._cholesky = torch.linalg.cholesky(matrix)
-        self._of_root = self._apply(self._root)
+    def __init__(self, curvature: Tensor, root: Tensor, cholesky: Tensor, c: float) -> None:
+        self.curvature, self._root, self._cholesky, self._c = curvature, root, cholesky, c
+        self._of_root = self._apply(root)
+        self._norm = root @ self._of_root
 
     def _apply(self, vector: Tensor) -> Tensor:
-        return torch.cholesky_solve(vector[:, None], self._cholesky)[:, 0]
+        half = torch.linalg.solve_triangular(self._cholesky, vector[:, None].to(self._cholesky), upper=False)
+        return torch.linalg.solve_triangular(self._cholesky.mT, half, upper=True)[:, 0].to(vector)
 
     def solve(self, target: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         x = self._apply(self._root * target / self._c)
-        bias = (self._root @ x - total) / (self._root @ self._of_root)
+        bias = (self._root @ x - total) / self._norm
         return self._root * (x - bias * self._of_root), bias * self._c
 
 
-def _length(logits: Tensor, step: Tensor, y: Tensor, l2: float, linear: Tensor, quadratic: Tensor) -> float:
-    """How far to go along a step [N] of the log-odds: to the minimum of the objective, within a tenth, eight steps at most.
+def _length(logits: Tensor, step: Tensor, y: Tensor, linear: float, quadratic: float) -> float:
+    """How far to go along a step [N] of the log-odds: about to the minimum of the objective, eight steps at most.
 
-    Newton's steps are too long from a start with much confidence in wrong examples, and too short where the examples are
-    separable and the best log-odds are far out.
+    Newton's step is too long from a start that is sure of wrong answers, and too short where the examples are separable and
+    the best log-odds are far out.
+
+    Args:
+        logits: log-odds now.
+        step: their change.
+        y: labels.
+        linear: slope of the penalty along the step, at its beginning.
+        quadratic: growth of that slope over the step.
     """
-    pull, growth = float(linear) * l2, float(quadratic) * l2
 
     def slope(length: float) -> float:
-        return float(((logits + length * step).sigmoid() - y) @ step) / len(y) + pull + length * growth
+        return float(((logits + length * step).sigmoid() - y) @ step) / len(y) + linear + length * quadratic
 
-    return _zero(slope)
-
-
-def _zero(slope: Callable[[float], float]) -> float:
-    low, high = 0.0, 1.0
-    while high < 8 and slope(high) < 0:
+    low, high, here = 0.0, 1.0, slope(1.0)
+    if abs(here) < 0.1 * abs(slope(0.0)):
+        return 1.0
+    while here < 0 and high < 8:
         low, high = high, 2 * high
-    while high - low > 0.1 * high:
+        here = slope(high)
+    while high - low > 0.2 * high:
         middle = (low + high) / 2
         low, high = (middle, high) if slope(middle) < 0 else (low, middle)
     return (low + high) / 2
