@@ -13,9 +13,9 @@ from bad_neurons.models.passes import (
     checkpointed,
     compiled,
     final_hidden,
+    finish,
     open_frame,
     plain,
-    read_out,
     run_layers,
     visit_mlp_outputs,
 )
@@ -138,7 +138,7 @@ def test_replay_is_the_full_pass_bit_for_bit(family, first, branched, sequences)
     with torch.no_grad():
         frame = open_frame(view, rows)
         hidden = run_layers(view, frame, frame.embedded, last=first)
-        replayed = read_out(view, run_layers(view, open_frame(view, rows), hidden, first), at)
+        replayed = finish(view, open_frame(view, rows), hidden, first, at)
     assert torch.equal(replayed, final_hidden(view, rows, at))
 
 
@@ -161,12 +161,21 @@ def test_replay_sees_a_change_behind_its_first_layer_and_carries_gradients(ids):
     weight = view.layers[3].matrix("down_proj").weight
     with torch.no_grad():
         weight.mul_(1.5)
-    changed = read_out(view, run_layers(view, frame, hidden, 2), everywhere(rows))
+    changed = finish(view, frame, hidden, 2, everywhere(rows))
     assert not torch.allclose(changed, clean)
     torch.testing.assert_close(changed, view.backbone(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state.flatten(0, 1))
     changed.sum().backward()
     assert weight.grad is not None
     assert view.layers[1].matrix("down_proj").weight.grad is None
+
+
+def test_the_last_layer_runs_its_mlp_at_the_places_alone(family, sequences):
+    view, seen = view_decoder(tiny_model(family)), []
+    rows = pack_sequences(sequences)
+    for part in view.layers:
+        part.mlp.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
+    final_hidden(view, rows, torch.tensor([3, 7]))
+    assert seen == [(3, 20)] * 3 + [(1, 2)]
 
 
 def edited(family, choose, tiny):
@@ -195,9 +204,9 @@ def gradients(run, choose, tiny, sequences):
     view, edit = edited("gemma3", choose, tiny)
     rows = pack([prefix_tree([sequences[0], [*sequences[0][:9], 4]]), prefix_tree(sequences[1:2])]).rows
     frame = open_frame(view, rows)
-    hidden = run_layers(view, frame, run_layers(view, frame, frame.embedded, last=1), 1, run=run)
-    read_out(view, hidden, torch.arange(5)).square().sum().backward()
-    return hidden.detach(), [p.grad for p in edit.trainable()]
+    final = finish(view, frame, run_layers(view, frame, frame.embedded, last=1), 1, torch.arange(5), run)
+    final.square().sum().backward()
+    return final.detach(), [p.grad for p in edit.trainable()]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch.compile's own

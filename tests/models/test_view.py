@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -93,7 +95,7 @@ def test_gain_where_a_post_norm_stores_the_gain_itself():
     view = view_decoder(tiny_model("gemma2"))
     norm = nn.RMSNorm(16, eps=1e-6)
     norm.weight.data = torch.linspace(-2, 3, 16)
-    part = type(view.layers[0])(view.layers[0].layer, view.layers[0].mlp, norm)
+    part = dataclasses.replace(view.layers[0], sae_point=norm)
     torch.testing.assert_close(part.gain(), torch.linspace(-2, 3, 16), rtol=1e-6, atol=1e-6)
 
 

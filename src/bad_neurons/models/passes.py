@@ -10,7 +10,7 @@ Legend: B rows, T columns, d hidden size, N places that are read out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -19,10 +19,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bad_neurons.batching import Rows
-from bad_neurons.models.view import DecoderView
+from bad_neurons.models.view import DecoderView, LayerView
 
 if TYPE_CHECKING:
     from bad_neurons.selection.neurons import NeuronSelection
+
+
+class _Stop(Exception):  # noqa: N818 (not an error)
+    """Ends a forward pass from inside it."""
 
 
 class Frame(NamedTuple):
@@ -47,7 +51,7 @@ def open_frame(view: DecoderView, rows: Rows) -> Frame:
         calls.append(call)
         return hidden_states
 
-    with _replaced(view, stand_in), torch.no_grad():
+    with replaced([part.layer for part in view.layers], stand_in), torch.no_grad():
         view.backbone(
             input_ids=rows.input_ids, attention_mask=rows.attention_mask, position_ids=rows.positions if rows.branched else None,
             use_cache=False,
@@ -63,15 +67,15 @@ def open_frame(view: DecoderView, rows: Rows) -> Frame:
 
 
 @contextmanager
-def _replaced(view: DecoderView, stand_in: Callable[..., Tensor]) -> Iterator[None]:
-    """Every layer's ``forward`` replaced inside the block."""
+def replaced(modules: Sequence[nn.Module], stand_in: Callable[..., Any]) -> Iterator[None]:
+    """``stand_in`` in place of the modules' ``forward`` inside the block."""
     try:
-        for part in view.layers:
-            part.layer.forward = stand_in
+        for module in modules:
+            module.forward = stand_in
         yield
     finally:
-        for part in view.layers:
-            part.layer.__dict__.pop("forward", None)
+        for module in modules:
+            module.__dict__.pop("forward", None)
 
 
 def _tree_mask(plain: Tensor | None, rows: Rows, dtype: torch.dtype) -> Tensor:
@@ -123,14 +127,14 @@ def compiled() -> Runner:
 
 
 def run_layers(view: DecoderView, frame: Frame, hidden: Tensor, first: int = 0, last: int | None = None, run: Runner = plain) -> Tensor:
-    """Hidden states [B, T, d] behind layer ``last - 1`` (default: all layers, without the final norm).
+    """Hidden states [B, T, d] behind layer ``last - 1``.
 
     Args:
         view: the model, with whatever edits are on.
         frame: from :func:`open_frame` of the same rows.
         hidden: input [B, T, d] of layer ``first``.
         first: layer to begin with.
-        last: layer to end in front of.
+        last: layer to end in front of; None for all layers (the final norm does not run).
         run: how to run a layer.
     """
     for part, call in zip(view.layers[first:last], frame.calls[first:last], strict=True):
@@ -138,16 +142,42 @@ def run_layers(view: DecoderView, frame: Frame, hidden: Tensor, first: int = 0, 
     return hidden
 
 
-def read_out(view: DecoderView, hidden: Tensor, at: Tensor) -> Tensor:
-    """Hidden states [N, d] behind the final norm at flat places ``at`` [N] of [B, T, d]; the norm runs at those alone."""
-    return view.final_norm(hidden.flatten(0, 1)[at])  # type: ignore[no-any-return]
+def finish(view: DecoderView, frame: Frame, hidden: Tensor, first: int, at: Tensor, run: Runner = plain) -> Tensor:
+    """Hidden states [N, d] behind the final norm at flat places ``at`` [N], from the input [B, T, d] of layer ``first``.
+
+    Nothing reads the last layer's output elsewhere, so what follows its attention runs at those places alone.
+    """
+    end = len(view.layers) - 1
+    hidden = run_layers(view, frame, hidden, first, end, run)
+    if run is plain:
+        hidden = _last_layer(view.layers[end], hidden, frame.calls[end], at)
+    else:
+        hidden = run(view.layers[end].layer, hidden, frame.calls[end]).flatten(0, 1)[at]
+    return view.final_norm(hidden)  # type: ignore[no-any-return]
+
+
+def _last_layer(part: LayerView, hidden: Tensor, call: dict[str, Any], at: Tensor) -> Tensor:
+    """Output [N, d] of a layer at flat places ``at``: attention over all positions, everything else at those alone."""
+    given: dict[str, Any] = {}
+
+    def take(*args: Any, **kwargs: Any) -> None:
+        given.update(args=args, kwargs=kwargs)
+        raise _Stop
+
+    with replaced([part.attention], take), suppress(_Stop):
+        part.layer(hidden, **call)
+    mixed, *rest = part.attention(*given["args"], **given["kwargs"])
+    picked = mixed.flatten(0, 1)[at][None]
+    with replaced([part.attention], lambda *_, **__: (picked, *rest)):
+        output: Tensor = part.layer(hidden.flatten(0, 1)[at][None], **call)
+    return output[0]
 
 
 def final_hidden(view: DecoderView, rows: Rows, at: Tensor) -> Tensor:
     """Hidden states [N, d] behind the final norm at flat places ``at`` [N] of ``rows``, without gradients."""
     with torch.no_grad():
         frame = open_frame(view, rows)
-        return read_out(view, run_layers(view, frame, frame.embedded), at)
+        return finish(view, frame, frame.embedded, 0, at)
 
 
 class Switch(Protocol):
@@ -166,16 +196,13 @@ def before_and_after(view: DecoderView, rows: Rows, at: Tensor, edit: Switch | N
     """
     with torch.no_grad():
         frame = open_frame(view, rows)
-        hidden = run_layers(view, frame, frame.embedded, last=edit.selection.first_layer if edit else None)
         if edit is None:
-            return (final := read_out(view, hidden, at)), final
+            return (final := finish(view, frame, frame.embedded, 0, at)), final
+        first = edit.selection.first_layer
+        hidden = run_layers(view, frame, frame.embedded, last=first)
         with edit.disabled():
-            before = read_out(view, run_layers(view, frame, hidden, edit.selection.first_layer), at)
-        return before, read_out(view, run_layers(view, frame, hidden, edit.selection.first_layer), at)
-
-
-class _Stop(Exception):  # noqa: N818 (not an error)
-    """Ends a forward pass from inside a hook."""
+            before = finish(view, frame, hidden, first, at)
+        return before, finish(view, frame, hidden, first, at)
 
 
 def visit_mlp_outputs(view: DecoderView, rows: Rows, layers: Sequence[int], visit: Callable[[int, Tensor], None]) -> None:

@@ -26,12 +26,14 @@ class LayerView:
 
     Attributes:
         layer: the decoder layer.
+        attention: its attention, whose output is added to the residual stream at each position.
         mlp: its gated MLP with linear children ``gate_proj``, ``up_proj`` [m, d] and ``down_proj`` [d, m].
         sae_point: the module whose output is added to the residual stream: the norm behind the MLP where the family has
             one (Gemma: ``post_feedforward_layernorm``; Gemma Scope, arXiv 2408.05147 section 3.1), else the MLP itself.
     """
 
     layer: nn.Module
+    attention: nn.Module
     mlp: nn.Module
     sae_point: nn.Module
 
@@ -123,7 +125,8 @@ def view_decoder(model: nn.Module) -> DecoderView:
     backbone = next(m for m in model.modules() if any(child is stack for child in m.children()))
     norm_behind = _norm_behind_mlp(model, backbone, stack[0], mlps[0])
     layers = tuple(
-        LayerView(layer, mlp, getattr(layer, norm_behind) if norm_behind else mlp) for layer, mlp in zip(stack, mlps, strict=True)
+        LayerView(layer, _find_attention(layer, mlp), mlp, getattr(layer, norm_behind) if norm_behind else mlp)
+        for layer, mlp in zip(stack, mlps, strict=True)
     )
     return DecoderView(model, backbone, layers, _final_norm(backbone, stack), _head(model), _softcap(model))
 
@@ -137,6 +140,16 @@ def _find_mlp(layer: nn.Module) -> nn.Module | None:
             if gate.weight.shape == up.weight.shape == down.weight.T.shape:
                 return child
     return None
+
+
+def _find_attention(layer: nn.Module, mlp: nn.Module) -> nn.Module:
+    """The other child with linear maps in it."""
+    found = [c for c in layer.children() if c is not mlp and any(isinstance(m, nn.Linear) for m in c.modules())]
+    if len(found) != 1:
+        raise UserError(
+            f"model layer {type(layer).__name__}: {len(found)} parts with linear maps beside the MLP; expected one, the attention"
+        )
+    return found[0]
 
 
 class _LayerSeen(Exception):  # noqa: N818 (not an error)

@@ -15,7 +15,7 @@ from bad_neurons.artifacts import digest_json
 from bad_neurons.data.tuning import TuningBatch
 from bad_neurons.errors import UserError
 from bad_neurons.models.load import Dtype, load_model
-from bad_neurons.models.passes import Frame, Runner, checkpointed, compiled, final_hidden, open_frame, plain, read_out, run_layers
+from bad_neurons.models.passes import Frame, Runner, checkpointed, compiled, final_hidden, finish, open_frame, plain, run_layers
 from bad_neurons.models.view import view_decoder
 from bad_neurons.tuning.clean_cache import CleanCache, CleanPass
 from bad_neurons.tuning.edits import Edit, check_fits
@@ -107,10 +107,10 @@ class NeuronTuner(L.LightningModule):
         frame = open_frame(self.view, batch.rows)
         clean = self._clean_pass(batch, frame)
         hidden = torch.zeros_like(frame.embedded).masked_scatter_(batch.rows.attention_mask[..., None].bool(), clean.hidden)
-        hidden = run_layers(self.view, frame, hidden, self.first_layer, run=self._run)
+        tuned = finish(self.view, frame, hidden, self.first_layer, batch.at, self._run)
         stays = {"answer": batch.answer, "retention": batch.retained, "both": batch.answer + batch.retained}[self.kl_on]
         asked = Supervision(clean.final, batch.targets, batch.answer, stays, clean.teacher)
-        return loss_sums(self.view, read_out(self.view, hidden, batch.at), asked, self.alpha, self.beta)
+        return loss_sums(self.view, tuned, asked, self.alpha, self.beta)
 
     def _clean_pass(self, batch: TuningBatch, frame: Frame) -> CleanPass:
         """What the clean model says of the batch: kept from an earlier epoch or run, or computed now."""
@@ -119,7 +119,7 @@ class NeuronTuner(L.LightningModule):
             return CleanPass(*(None if t is None else t.to(self.device, non_blocking=True) for t in kept))  # type: ignore[arg-type]
         with self._edit.disabled(), torch.no_grad():
             hidden = run_layers(self.view, frame, frame.embedded, last=self.first_layer)
-            final = read_out(self.view, run_layers(self.view, frame, hidden, self.first_layer), batch.at)
+            final = finish(self.view, frame, hidden, self.first_layer, batch.at, self._run)  # as the tuned side: KL 0 at the start
             teacher = final_hidden(self.view, *batch.teacher) if batch.teacher else None
         clean = CleanPass(hidden[batch.rows.attention_mask.bool()], final, teacher)
         cache.put(batch.key, clean)
