@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 _WIDTH_STEP = 8  # columns between two widths that are tried
 
 

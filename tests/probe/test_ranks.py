@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import write_records
 from safetensors.torch import load_file
 
 from bad_neurons.testing import save_tiny_saes
+from helpers import write_records
 
 
 def probe_fit(folder, name, model, records, saes, devices):

@@ -105,7 +105,8 @@ class Logits:
 
         norm, own, cross = torch.stack(self.each_block(sums)).sum(0)
         self.__dict__["_walk"] = _Walk(top + norm.log()[:, None], (own / norm)[:, None])  # the same walk gives them
-        return own / norm - cross / norm + (other.log_norm - self.log_norm).squeeze(-1)
+        kl: Tensor = own / norm - cross / norm + (other.log_norm - self.log_norm).squeeze(-1)
+        return kl
 
     def rows(self, rows: slice) -> Logits:
         """The same at some of the places, without a copy."""
