@@ -1,18 +1,27 @@
 # make demo   the whole method on the packaged Gemma 3 270M, into runs/quickstart/
 # make test   lint, types, tests
-# Both make a virtual environment in .venv first, from constraints.txt.
+# make bench  everybody beside everybody else on two cores; needs BAD_NEURONS_DATA (see benchmarks/README.md)
+# All make a virtual environment in .venv first, from constraints.txt.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check install clean
+BENCHMARKS := startup attention head tuning extraction layer_selection evaluation
+
+.PHONY: demo test bench check install clean
 
 demo: install
 	$(BIN)/bad-neurons run --config configs/quickstart.yaml
 
 test: check
 	$(BIN)/python -m pytest
+
+bench: install
+	@test -n "$$BAD_NEURONS_DATA" || { echo "make bench: set BAD_NEURONS_DATA to the folder with anthropic-sycophancy/*.jsonl"; exit 2; }
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[models,dev,bench]'
+	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
+	$(BIN)/python benchmarks/table.py
 
 check: install
 	$(BIN)/ruff check .
