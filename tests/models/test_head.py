@@ -69,6 +69,13 @@ def test_kl_of_all_and_of_some(view, block):
     assert Logits(view, one).kl_to(Logits(view, one)).tolist() == [0.0] * R
 
 
+def test_kl_to_itself_is_zero_over_many_blocks(monkeypatch):
+    monkeypatch.setattr(head, "_BLOCK", 16)
+    linear = nn.Linear(D, 5000, bias=False).requires_grad_(False)
+    view, hidden = DecoderView(nn.Module(), nn.Module(), (), nn.Module(), linear, None), torch.randn(40, D)
+    assert Logits(view, hidden).kl_to(Logits(view, hidden)).tolist() == [0.0] * 40
+
+
 def test_bfloat16_logits_are_rounded_once():
     linear = nn.Linear(D, V, bias=False).bfloat16().requires_grad_(False)
     view = DecoderView(nn.Module(), nn.Module(), (), nn.Module(), linear, None)

@@ -81,7 +81,7 @@ class Logits:
             e = (z - top).exp_()
             return torch.stack([e.sum(-1), torch.linalg.vecdot(e, z)])
 
-        norm, weighted = torch.stack(self.each_block(sums)).sum(0)
+        norm, weighted = _total(self.each_block(sums))
         return _Walk(top + norm.log()[:, None], (weighted / norm)[:, None])
 
     @property
@@ -103,7 +103,7 @@ class Logits:
             e = (z - top).exp_()
             return torch.stack([e.sum(-1), torch.linalg.vecdot(e, z), torch.linalg.vecdot(e, other.block(columns))])
 
-        norm, own, cross = torch.stack(self.each_block(sums)).sum(0)
+        norm, own, cross = _total(self.each_block(sums))
         self.__dict__["_walk"] = _Walk(top + norm.log()[:, None], (own / norm)[:, None])  # the same walk gives them
         kl: Tensor = own / norm - cross / norm + (other.log_norm - self.log_norm).squeeze(-1)
         return kl
@@ -114,6 +114,14 @@ class Logits:
         part.raw, part._view = self.raw[rows], self._view
         part.__dict__ |= {"top": self.top[rows], "_walk": _Walk(*(t[rows] for t in self._walk))}
         return part
+
+
+def _total(parts: list[Tensor]) -> Tensor:
+    """Sum, one after the other: equal logits have equal sums to the bit, whatever else is summed beside them."""
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total
 
 
 @cache

@@ -76,7 +76,7 @@ class NeuronTuner(L.LightningModule):
         self.alpha, self.beta, self.kl_on, self.lr, self.weight_decay = alpha, beta, kl_on, lr, weight_decay
         self.optimizer, self.warmup_steps, self.decay = optimizer, warmup_steps, decay
         self.cache_bytes, self.cache_folder = int(cache_gb * 1e9), Path(cache_folder) if cache_folder else None
-        run = compiled() if compile else plain
+        self.compile_layers, run = compile, compiled() if compile else plain
         self._run: Runner = checkpointed(run) if checkpointing else run
         loaded = load_model(model, dtype, device="cpu")  # Lightning moves it to the rank's device
         self.model_id, self.model_digest, self.lm = loaded.id, loaded.digest, loaded.model
@@ -95,7 +95,8 @@ class NeuronTuner(L.LightningModule):
         self.first_layer = selection.first_layer
         # Whatever the numbers of a clean pass depend on besides the batch itself.
         attention = self.lm.config._attn_implementation
-        origin = digest_json([self.model_digest, str(self.lm.dtype), self.first_layer, attention, torch.__version__])
+        how = [str(self.lm.dtype), attention, self.compile_layers, torch.__version__]
+        origin = digest_json([self.model_digest, self.first_layer, *how])
         self.clean_cache = CleanCache(self.cache_bytes, self.cache_folder, origin)
         return self.edit  # type: ignore[return-value]
 
