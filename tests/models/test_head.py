@@ -24,7 +24,7 @@ def view(request):
 @pytest.fixture(params=[1, 4, 23, 100])
 def block(request, monkeypatch):
     """Blocks of one entry, of some with a shorter last one, of all."""
-    monkeypatch.setattr(head, "_BLOCK", request.param)
+    monkeypatch.setattr(head, "_BLOCK", request.param * R)
     return request.param
 
 
@@ -70,10 +70,11 @@ def test_kl_of_all_and_of_some(view, block):
 
 
 def test_kl_to_itself_is_zero_over_many_blocks(monkeypatch):
-    monkeypatch.setattr(head, "_BLOCK", 16)
+    monkeypatch.setattr(head, "_BLOCK", 16 * 40)
     linear = nn.Linear(D, 5000, bias=False).requires_grad_(False)
     view, hidden = DecoderView(nn.Module(), nn.Module(), (), nn.Module(), linear, None), torch.randn(40, D)
     assert Logits(view, hidden).kl_to(Logits(view, hidden)).tolist() == [0.0] * 40
+    assert Logits(view, hidden[3:20]).kl_to(Logits(view, hidden).rows(slice(3, 20))).tolist() == [0.0] * 17
 
 
 def test_bfloat16_logits_are_rounded_once():

@@ -19,9 +19,9 @@ SIZES = [1, 7, 8, 9, 25]  # around the chunk of 8 places
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    """Chunks of 8 places and blocks of 4 of the 11 entries of the vocabulary, so that there are several of each."""
+    """Chunks of 8 places and, in a full one, blocks of 4 of the 11 entries of the vocabulary, so that there are several of each."""
     monkeypatch.setattr(losses, "ROWS", 8)
-    monkeypatch.setattr(head, "_BLOCK", 4)
+    monkeypatch.setattr(head, "_BLOCK", 32)
 
 
 WEIGHTS = [(0.0, 0.0), (1.0, 0.0), (0.7, 0.3)]

@@ -20,7 +20,7 @@ from torch import Tensor
 from bad_neurons.models.view import DecoderView
 
 ROWS = 256  # places whose logits exist at one time; fewer make the matrix products slower
-_BLOCK = 2048  # entries of the vocabulary in one block on a processor: 256 x 2,048 x 4 bytes = 2 MB; a GPU takes them all at once
+_BLOCK = 2**19  # logits in one block on a processor, 2 MB in float32: 2,048 entries of the vocabulary at 256 places; a GPU takes all at once
 
 Result = TypeVar("Result")
 
@@ -42,6 +42,7 @@ class Logits:
         with torch.no_grad():
             self.raw: Tensor = view.head(hidden)
         self._view = view
+        self._step = self.raw.shape[1] if self.raw.is_cuda else max(1, _BLOCK // max(1, len(self.raw)))
 
     def each_block(self, call: Callable[[slice], Result]) -> list[Result]:
         """Call with every block of columns of the vocabulary; the results in order.
@@ -50,8 +51,7 @@ class Logits:
         operation, and wait there for whatever else the machine does.
         """
         V, threads = self.raw.shape[1], 1 if self.raw.is_cuda else torch.get_num_threads()
-        step = V if self.raw.is_cuda else _BLOCK
-        blocks = [slice(start, min(start + step, V)) for start in range(0, V, step)]
+        blocks = [slice(start, min(start + self._step, V)) for start in range(0, V, self._step)]
         return [call(block) for block in blocks] if threads == 1 else list(_workers(threads).map(call, blocks))
 
     def block(self, columns: slice) -> Tensor:
@@ -97,6 +97,7 @@ class Logits:
     def kl_to(self, other: Logits) -> Tensor:
         """KL(self || other) of each place in nats, [R], float32; exactly 0 where the logits are the same."""
         top = self.top
+        self._step = other._step  # the same blocks, so that equal logits have equal sums to the bit
 
         def sums(columns: slice) -> Tensor:
             z = self.block(columns)
@@ -111,7 +112,7 @@ class Logits:
     def rows(self, rows: slice) -> Logits:
         """The same at some of the places, without a copy."""
         part = object.__new__(Logits)
-        part.raw, part._view = self.raw[rows], self._view
+        part.raw, part._view, part._step = self.raw[rows], self._view, self._step
         part.__dict__ |= {"top": self.top[rows], "_walk": _Walk(*(t[rows] for t in self._walk))}
         return part
 
