@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 STAGE_COMMANDS = {
     "sae": ["sae", "fit"],
+    "layers": ["layers"],
     "probe": ["probe", "fit"],
     "select": ["select"],
     "tune": ["tune", "fit"],

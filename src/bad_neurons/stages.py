@@ -87,6 +87,13 @@ def sae_command(arguments: list[str]) -> None:
     _lightning(SAEFitter, ActivationDataModule, arguments, links, {}, trainer)
 
 
+def layers_command(arguments: list[str]) -> None:
+    """``bad-neurons layers``."""
+    from bad_neurons.probe.choose import choose_layers, layers_table
+
+    _show(layers_table(_function(choose_layers, "layers", arguments)))
+
+
 def probe_command(arguments: list[str]) -> None:
     """``bad-neurons probe fit|validate|test``."""
     from bad_neurons.probe.data import ProbeDataModule

@@ -20,7 +20,7 @@ from torch import Tensor
 from bad_neurons.models.view import DecoderView
 
 ROWS = 256  # places whose logits exist at one time; fewer make the matrix products slower
-_BLOCK = 2**19  # logits in one block on a processor, 2 MB in float32: 2,048 entries of the vocabulary at 256 places; a GPU takes all at once
+_BLOCK = 2**19  # logits in one block on a processor, 2 MB in float32; a GPU takes all at once
 
 Result = TypeVar("Result")
 

@@ -22,9 +22,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bad_neurons.errors import UserError
-from bad_neurons.probe.gram import DualFit, DualLogistic, Gram, gram, side_by_side, validation_logits
+from bad_neurons.probe.gram import DualLogistic, Gram, gram, side_by_side, validation_logits
 
 Score = Literal["auroc", "accuracy", "log_loss"]
+
+_MAX_WORKERS = 8  # Python's lock lets no more of them work at once
 
 
 class Scores(NamedTuple):
@@ -84,7 +86,7 @@ class LayerSelection:
 
 class _Candidate(NamedTuple):
     layer: int
-    fit: DualFit
+    logits: Tensor
     scores: Scores
 
 
@@ -120,12 +122,12 @@ def select_layers(
     for side, y in (("training", y_train), ("validation", y_validation)):
         if not 0 < int(y.sum()) < len(y):
             raise UserError(f"{side} labels: {int(y.sum())} of {len(y)} are 1; layers are chosen by answers of both kinds")
-    _check_memory(len(layers), len(y_train), len(y_validation))
-    limit = round(len(layers) / 3) or 1 if budget is None else budget
-    with _single_threads() as workers:
+    count = min(torch.get_num_threads(), _MAX_WORKERS)
+    _check_memory(len(layers), len(y_train), len(y_validation), count)
+    with _single_threads(count) as workers:
         grams = _all_grams(workers, layers, train, validation)
-        greedy = _Greedy(workers, grams, y_train, y_validation.double(), l2, score)
-        return greedy.run(limit)
+        greedy = _Greedy(workers, [DualLogistic(y_train, l2) for _ in range(count)], grams, y_validation, score)
+        return greedy.run(round(len(layers) / 3) or 1 if budget is None else budget)
 
 
 def check_options(layers: Sequence[int], l2: float, budget: int | None) -> None:
@@ -142,28 +144,29 @@ def check_options(layers: Sequence[int], l2: float, budget: int | None) -> None:
         raise UserError(f"--budget {budget}: 1 to {len(layers)} (the candidate layers), or null for a third of them")
 
 
-def _check_memory(layers: int, n: int, m: int) -> None:
-    # Linux hands out more memory than there is and ends the process without a word when it is used.
+def _check_memory(layers: int, n: int, m: int, workers: int) -> None:
+    # Linux hands out more memory than there is, and ends the process without a word when it is used.
     if not hasattr(os, "sysconf"):
         return
-    there, needed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 4 * layers * n * (n + m)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = 4 * layers * n * (n + m) + 16 * workers * n * n
     if needed > there:
         raise UserError(
-            f"--max_records: the Gram matrices of {layers} layers and {n} training answers take {needed / 2**30:.0f} GiB, more than "
-            f"the {there / 2**30:.0f} GiB of this machine; {int(n * (there / needed) ** 0.5 / 4)} records fit well"
+            f"--max_records: the inner products of {n} training answers at {layers} layers take {needed / 2**30:.0f} GiB, more than "
+            f"the {there / 2**30:.0f} GiB of this machine; {int(n * there / needed / 4)} records fit well"
         )
 
 
 @contextmanager
-def _single_threads() -> Iterator[ThreadPoolExecutor]:
+def _single_threads(count: int) -> Iterator[ThreadPoolExecutor]:
     """Workers that compute with one thread each: many small problems side by side, since one is too small for many threads."""
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads) as workers:
+        with ThreadPoolExecutor(count) as workers:
             yield workers
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def _all_grams(
@@ -178,26 +181,34 @@ def _all_grams(
 
 
 class _Greedy:
-    """The rounds of :func:`select_layers`."""
+    """The rounds of :func:`select_layers`.
+
+    Args:
+        workers: where candidates are fitted side by side.
+        solvers: one for each worker.
+        grams: Gram matrices of the candidates, by layer.
+        y: validation labels [M].
+        score: what decides.
+    """
 
     def __init__(
-        self, workers: ThreadPoolExecutor, grams: Mapping[int, Gram], y_train: Tensor, y_validation: Tensor, l2: float, score: Score
+        self, workers: ThreadPoolExecutor, solvers: Sequence[DualLogistic], grams: Mapping[int, Gram], y: Tensor, score: Score
     ) -> None:
-        self._workers, self._grams, self._y, self._score = workers, grams, y_validation, score
-        self._start = torch.logit(y_train.double().mean()).expand(len(y_train))
-        self._solvers: SimpleQueue[DualLogistic] = SimpleQueue()
-        for _ in range(workers._max_workers):
-            self._solvers.put(DualLogistic(y_train, l2))
+        self._workers, self._grams, self._y, self._score = workers, grams, y.double(), score
+        self._idle: SimpleQueue[DualLogistic] = SimpleQueue()
+        for solver in solvers:
+            self._idle.put(solver)
+        self._logits = solvers[0].base_rate
+        self._taken: list[Gram] = []  # the features of all layers taken, as one
 
     def run(self, budget: int) -> LayerSelection:
-        without = best = validation_scores(self._start[:1].expand(len(self._y)), self._y)
-        taken: Gram | None = None
-        steps: list[Step] = []
+        without = best = validation_scores(self._logits[:1].expand(len(self._y)), self._y)
         rest = list(self._grams)
+        steps: list[Step] = []
         with tqdm(total=sum(len(rest) - i for i in range(budget)), desc="probes of candidate layers", unit="probe") as bar:
             while len(steps) < budget:
                 candidates = []
-                for candidate in self._workers.map(lambda layer: self._fit(layer, taken), rest):
+                for candidate in self._workers.map(self._fit, rest):
                     candidates.append(candidate)
                     bar.update()
                 first = max(candidates, key=lambda c: (self._value(c.scores), -c.scores.log_loss, -c.layer))
@@ -205,23 +216,26 @@ class _Greedy:
                 steps.append(Step(first.layer, first.scores, improves, {c.layer: c.scores for c in candidates}))
                 if not improves:
                     break
+                self._take(first)
+                best = first.scores
                 rest.remove(first.layer)
-                one = self._grams[first.layer]
-                best, self._start, taken = first.scores, first.fit.logits, one if taken is None else side_by_side(taken, one)
-        return LayerSelection(tuple(steps), without, self._everything())
+        return LayerSelection(tuple(steps), without, self._scores(list(self._grams.values()))[1])
 
-    def _fit(self, layer: int, taken: Gram | None) -> _Candidate:
-        grams = [self._grams[layer]] if taken is None else [taken, self._grams[layer]]
-        solver = self._solvers.get()
+    def _take(self, candidate: _Candidate) -> None:
+        self._logits = candidate.logits
+        one = self._grams[candidate.layer]
+        self._taken = [side_by_side(taken, one) for taken in self._taken] or [one]
+
+    def _fit(self, layer: int) -> _Candidate:
+        return _Candidate(layer, *self._scores([*self._taken, self._grams[layer]]))
+
+    def _scores(self, grams: Sequence[Gram]) -> tuple[Tensor, Scores]:
+        solver = self._idle.get()
         try:
-            fit = solver.fit(grams, self._start)
+            fit = solver.fit(grams, self._logits)
         finally:
-            self._solvers.put(solver)
-        return _Candidate(layer, fit, validation_scores(validation_logits(fit, grams), self._y))
-
-    def _everything(self) -> Scores:
-        grams = list(self._grams.values())
-        return validation_scores(validation_logits(self._solvers.get().fit(grams, self._start), grams), self._y)
+            self._idle.put(solver)
+        return fit.logits, validation_scores(validation_logits(fit, grams), self._y)
 
     def _value(self, scores: Scores) -> float:
         return -scores.log_loss if self._score == "log_loss" else float(getattr(scores, self._score))
