@@ -406,13 +406,14 @@ def ours_extracting(work: Work) -> Iterator[Round]:
 
 @contextmanager
 def everything_kept(work: Work) -> Iterator[Round]:
-    """The whole model with its logits, every hidden state and every MLP's output kept; then the SAEs on all tokens; then the pooling."""
+    """The whole model with its logits, the output of every layer and of every MLP kept; then the SAEs on all tokens; then the pooling."""
     saes, kept, examples = Loaded(work).saes, {}, work.examples
 
-    def keep(layer: int) -> Callable[..., None]:
-        return lambda _module, _args, output: kept.update({layer: output})
+    def keep(kind: str, layer: int) -> Callable[..., None]:
+        return lambda _module, _args, output: kept.update({(kind, layer): output})
 
-    handles = [part.sae_point.register_forward_hook(keep(layer)) for layer, part in enumerate(work.view.layers)]
+    handles = [part.sae_point.register_forward_hook(keep("mlp", layer)) for layer, part in enumerate(work.view.layers)]
+    handles += [part.layer.register_forward_hook(keep("layer", layer)) for layer, part in enumerate(work.view.layers)]
 
     def run() -> dict[str, Any]:
         pooled: dict[int, list[Tensor]] = {layer: [] for layer in saes}
@@ -421,10 +422,11 @@ def everything_kept(work: Work) -> Iterator[Round]:
             starts = torch.tensor([examples[i].answer_start for i in picked], device=work.view.device)
             outside = (rows.positions < starts[:, None]) | (rows.attention_mask == 0)
             with torch.no_grad():
-                output = work.model(rows.input_ids, attention_mask=rows.attention_mask, use_cache=False, output_hidden_states=True)
+                work.model(rows.input_ids, attention_mask=rows.attention_mask, use_cache=False)
                 for layer, sae in saes.items():
-                    pooled[layer].append(sae.encode(kept[layer].float()).masked_fill(outside[..., None], float("-inf")).amax(1).cpu())
-            del output
+                    features = sae.encode(kept["mlp", layer].float()).masked_fill(outside[..., None], float("-inf"))
+                    pooled[layer].append(features.amax(1).cpu())
+            kept.clear()
         return {"units": work.example_tokens, "mean_feature": _mean(torch.cat(parts) for parts in pooled.values())}
 
     try:
@@ -462,7 +464,7 @@ def moved(work: Work) -> Iterator[NeuronDelta]:
     edit = NeuronDelta(work.view, selection_of(work))
     random = torch.Generator(work.view.device).manual_seed(2)
     for value in edit.trainable():
-        value.data.normal_(0.0, 0.02, generator=random)
+        value.data.normal_(0.0, 0.1, generator=random)
     try:
         yield edit
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ import full_size
 import pytest
 import torch
 from full_size import SIZES, Meter, contenders, make_work, measure
+
+# peft 0.21 asks transformers by an old name
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 @pytest.fixture
@@ -31,7 +35,8 @@ def test_the_script(device, tmp_path):
         pytest.skip("no GPU here")
     out = tmp_path / "folder" / "tiny.json"
     command = [sys.executable, full_size.__file__, "--model", "tiny", "--device", device, "--rounds", "1", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=one_thread)
     assert done.returncode == 0, done.stderr
     content = json.loads(out.read_text(encoding="utf-8"))
     assert set(content) == {"model", "config", "dtype", "layers", "batch_tokens", "weights_bytes", "device", "at", "results"}
@@ -69,8 +74,8 @@ def same_work(results):
     assert ours["mean_feature"] == pytest.approx(kept["mean_feature"], rel=1e-5)
     assert ours["mean_feature"] > 0
     apart, ours = results["evaluation"].values()
-    assert ours["before"] != pytest.approx(ours["after"], rel=1e-4)
-    assert (ours["before"], ours["after"]) == pytest.approx((apart["before"], apart["after"]), rel=1e-5)
+    assert abs(ours["before"] - ours["after"]) > 1e-3
+    assert (ours["before"], ours["after"]) == pytest.approx((apart["before"], apart["after"]), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["tuning", "extraction", "evaluation"])

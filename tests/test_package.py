@@ -87,7 +87,7 @@ def test_the_command_is_installed():
     assert PYPROJECT["project"]["scripts"] == {"bad-neurons": "bad_neurons.cli:main"}
     done = subprocess.run([Path(sys.executable).parent / "bad-neurons", "tuna"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "bad-neurons: tuna: no such command; there are run, sae, probe, select, tune, evaluate, export, report\n"
+    assert done.stderr == "bad-neurons: tuna: no such command; there are run, sae, layers, probe, select, tune, evaluate, export, report\n"
 
 
 def test_names_at_the_top():

@@ -170,10 +170,10 @@ def _lightning(
 
 
 def _function(function: Callable[..., Any], name: str, arguments: list[str]) -> Any:
-    parser = ArgumentParser(prog=f"bad-neurons {name}", description=function.__doc__, exit_on_error=False)
+    parser = ArgumentParser(prog=f"bad-neurons {name}", description=(function.__doc__ or "").split("\n\n")[0], exit_on_error=False)
     parser.add_argument("--config", action="config", help="Path of a YAML file with these options.")
     parser.add_function_arguments(function, sub_configs=False)
-    values = parser.instantiate_classes(parser.parse_args(arguments))
+    values = parser.parse_args(arguments)
     return function(**{key: value for key, value in vars(values).items() if key != "config"})
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
+from threading import Barrier
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -127,4 +128,13 @@ def _total(parts: list[Tensor]) -> Tensor:
 
 @cache
 def _workers(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "head", initializer=lambda: torch.set_num_threads(1))
+    """Threads that compute alone each."""
+
+    def alone() -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # a thread takes the number that is set last until it has first asked
+
+    pool, all_there = ThreadPoolExecutor(threads, "head", initializer=alone), Barrier(threads)
+    list(pool.map(lambda _: all_there.wait(), range(threads)))
+    torch.set_num_threads(threads)  # for threads that others start
+    return pool

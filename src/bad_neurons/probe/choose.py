@@ -112,7 +112,6 @@ def _layer_count(model: str) -> int:
 
 
 def _write(out: Path, selection: LayerSelection, origin: dict[str, Any], options: dict[str, Any], examples: dict[str, int]) -> None:
-    curve = [("without", selection.without), *((step.layer, step.scores) for step in selection.steps)]
     content = {
         "format": FORMAT,
         **{key: value for key, value in origin.items() if key != "layers"},
@@ -121,7 +120,8 @@ def _write(out: Path, selection: LayerSelection, origin: dict[str, Any], options
         "examples": examples,
         "order": selection.order,
         "chosen": selection.chosen,
-        "curve": [{"layer": None if layer == "without" else layer, **scores._asdict()} for layer, scores in curve],
+        "curve": [{"layer": step.layer, "taken": step.taken, **step.scores._asdict()} for step in selection.steps],
+        "without_layers": selection.without._asdict(),
         "all_candidates": selection.everything._asdict(),
         "scores": [{layer: scores._asdict() for layer, scores in step.candidates.items()} for step in selection.steps],
     }
@@ -129,10 +129,8 @@ def _write(out: Path, selection: LayerSelection, origin: dict[str, Any], options
     from bad_neurons.report.plots import plot_layer_curve, save_png  # matplotlib takes a second to import
 
     score = options["score"]
-    values = [getattr(scores, score) for _, scores in curve]
-    figure = plot_layer_curve(
-        [step.layer for step in selection.steps], values, len(selection.order), getattr(selection.everything, score), TITLES[score]
-    )
+    layers, values = zip(*((step.layer, getattr(step.scores, score)) for step in selection.steps), strict=True)
+    figure = plot_layer_curve(layers, values, len(selection.order), getattr(selection.everything, score), TITLES[score])
     save_png(figure, out / "layers.png")
 
 

@@ -161,7 +161,7 @@ class DualLogistic:
                 penalty = torch.stack([step @ (logits - bias), step @ (logits_step - bias_step)]) * self._l2
                 length = _length(logits, logits_step, y, *penalty.tolist())
             alpha, bias, logits = alpha + length * step, bias + length * bias_step, logits + length * logits_step
-        raise UserError(f"--l2 {self._l2}: too small for the probe to be fitted with the precision of a double; give a larger one")
+        raise self._too_small()
 
     def _scaled(self, grams: Sequence[Gram]) -> Tensor:
         """Inner products of the scaled training features, [N, N]."""
@@ -178,7 +178,13 @@ class DualLogistic:
             self._matrix, self._cholesky = self._matrix.double(), self._cholesky.double()
         torch.mul(kernel, root / self._c, out=self._matrix).mul_(root[:, None].to(self._matrix))
         self._matrix.diagonal().add_(1)
-        return _Factor(root, torch.linalg.cholesky(self._matrix, out=self._cholesky), self._c)
+        try:
+            return _Factor(root, torch.linalg.cholesky(self._matrix, out=self._cholesky), self._c)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise self._too_small() from error
+
+    def _too_small(self) -> UserError:
+        return UserError(f"--l2 {self._l2}: too small for the probe to be fitted with the precision of a double; give a larger one")
 
 
 class _Factor:

@@ -215,6 +215,7 @@ class _Greedy:
                 improves = self._value(first.scores) > self._value(best)
                 steps.append(Step(first.layer, first.scores, improves, {c.layer: c.scores for c in candidates}))
                 if not improves:
+                    bar.total = bar.n
                     break
                 self._take(first)
                 best = first.scores

@@ -129,21 +129,22 @@ def plot_layer_curve(layers: Sequence[int], values: Sequence[float], taken: int,
 
     Args:
         layers: the layers in the order of the steps.
-        values: the score without any layer, then that behind each step.
+        values: the score behind each step.
         taken: how many of the steps were taken; a last one that improved nothing is drawn hollow.
         everything: the score with all candidates.
         score: name and unit of the score.
     """
     figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
     ax = figure.subplots()
-    ax.plot(range(taken + 1), values[: taken + 1], "o-", color=_AFTER, linewidth=1.6, markersize=6, label="layers chosen")
+    steps = range(1, len(layers) + 1)
+    ax.plot(steps[:taken], values[:taken], "o-", color=_AFTER, linewidth=1.6, markersize=6, label="chosen layers", zorder=3)
     if len(layers) > taken:
-        ax.plot([taken, taken + 1], values[taken:], ":", color=_BEFORE, linewidth=1.4)
-        ax.plot([taken + 1], values[-1:], "s", color=_BEFORE, markerfacecolor="white", markersize=6, label="best of the others: no better")
+        ax.plot(steps[max(taken - 1, 0) :], values[max(taken - 1, 0) :], ":", color=_BEFORE, linewidth=1.4)
+        ax.plot(steps[taken:], values[taken:], "s", color=_BEFORE, markerfacecolor="white", markersize=6, label="the next best, no better")
     ax.axhline(everything, color=_GREY, linewidth=1.2, linestyle="--", label="all candidates")
-    for number, (layer, value) in enumerate(zip(layers, values[1:], strict=True), 1):
-        ax.annotate(f"layer {layer}", (number, value), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
-    ax.margins(y=0.15)
+    for step, layer, value in zip(steps, layers, values, strict=True):
+        ax.annotate(f"layer {layer}", (step, value), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
+    ax.margins(y=0.2)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("number of layers")
     ax.set_ylabel(f"validation {score}")
