@@ -238,7 +238,7 @@ def main() -> None:
     """Run the comparison and add it to the results of this machine."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3, help="rounds that count")
-    parser.add_argument("--items", type=int, default=24, help="items of each of the three sets, at even distances; 0 means all")
+    parser.add_argument("--items", type=int, default=16, help="items of each of the three sets, at even distances; 0 means all")
     parser.add_argument("--quick", action="store_true", help="one round with 4 items of each set, nothing written")
     options = parser.parse_args()
     rounds, items = (1, 4) if options.quick else (options.rounds, options.items)

@@ -219,8 +219,7 @@ def test_command_writes_what_it_found(arguments, tmp_path, tiny, capsys):
     assert "probes of candidate layers" in captured.err
 
 
-def test_command_agrees_with_the_engine_on_sae_features(arguments, tmp_path, capsys):
-    """The candidates are the layers that have an SAE in the folder."""
+def test_candidates_are_the_layers_that_have_an_sae(arguments, tmp_path):
     saes = save_tiny_saes(tmp_path / "saes", [0, 3])
     assert main([*arguments, "--features", "sae", "--sae", saes]) == 0
     written = json.loads((tmp_path / "out" / "layers.json").read_text())
