@@ -347,6 +347,10 @@ def reading() -> str:
         [
             ("harvest: pass to the last layer read, PFLOP per million tokens", lambda s: last(s) * layer_flops(s) / 1e9),
             ("harvest: on disk, and in memory while SAEs train, GB per million tokens", lambda s: 2 * E * s.d / 1e3),
+            (
+                "harvest: to disk if an A100 ran at its best, GB a second",
+                lambda s: 2 * E * s.d * A100_FLOPS / (last(s) * layer_flops(s)) / 1e9,
+            ),
             ("SAE fit: nine SAEs, PFLOP per million tokens", lambda s: E * sae_fit_flops(s.d, D_SAE) / 1e9),
             ("SAE fit: nine SAEs with gradients and Adam, GB", lambda s: E * 16 * (sae * s.d + D_SAE + s.d) / 1e9),
             ("extraction: pass and encoding at the answers, PFLOP per million tokens", lambda s: extraction(s) / 1e9),
@@ -388,7 +392,7 @@ def evaluation() -> str:
     return by_model(
         "evaluation, two answers to a prompt",
         [
-            ("a request a row, all logits, twice, TFLOP", lambda s: theirs(s) / 1e3),
+            ("each request in a row of its own, all logits, twice, TFLOP", lambda s: theirs(s) / 1e3),
             ("shared prompt, shared layers, logits at answers, TFLOP", lambda s: ours(s) / 1e3),
             ("ratio", lambda s: theirs(s) / ours(s)),
         ],
