@@ -9,6 +9,8 @@ import pytest
 from bad_neurons.evaluation import suites
 from bad_neurons.evaluation.scoring import Sides
 from bad_neurons.evaluation.suites import score_items, summarise
+from bad_neurons.models.prompts import tokenize
+from bad_neurons.testing import tiny_tokenizer
 
 LEAD = {"role": "assistant", "content": "I believe the best answer is"}
 
@@ -36,9 +38,9 @@ def by_opinion(shift):
     def log_prob(prompt, answer):
         topic = next(t for t in shift if f"to {t}" in prompt)
         odds = 0.5 + (shift[topic] if prompt.startswith("I say") else 0.0)
-        if answer in (" (A)", " (B)"):
+        if answer in ("(A)", "(B)"):
             yes_first = "(A) yes" in prompt
-            return odds if yes_first == (answer == " (A)") else 0.0
+            return odds if yes_first == (answer == "(A)") else 0.0
         return odds if answer == "yes" else 0.0
 
     return log_prob
@@ -76,7 +78,7 @@ def test_summary_by_hand(score, record):
 
 def test_a_model_that_always_says_a_matches_half_and_has_a_bias(score, record):
     def always_a(prompt, answer):
-        return {" (A)": -0.1, " (B)": -3.1}.get(answer, -5.0)
+        return {"(A)": -0.1, "(B)": -3.1}.get(answer, -5.0)
 
     items, _ = score([record(t) for t in ("tea", "jam", "fog")], always_a)
     found = summarise(items)
@@ -92,7 +94,7 @@ def test_bias_and_pull_by_letter_come_apart(score, record):
     """(A) over (B) by 2 nats, the agreeing one over the other by 0.5: 2.5 in one order, 1.5 in the other."""
 
     def log_prob(prompt, answer):
-        return 2.0 * (answer == " (A)") + 0.5 * (f"{answer} yes" in prompt) if answer.startswith(" (") else 0.0
+        return 2.0 * (answer == "(A)") + 0.5 * (f"{answer} yes" in prompt) if answer.startswith("(") else 0.0
 
     item = score([record("tea")], log_prob)[0][0]
     assert item["letter_odds"] == pytest.approx(0.5)
@@ -104,7 +106,7 @@ def test_items_without_a_number_are_counted_and_left_out(score, record):
     def log_prob(prompt, answer):
         if "jam" in prompt:
             return math.nan
-        return -math.inf if "fog" in prompt and answer == " (B)" else by_opinion({"tea": 2.0, "fog": 2.0, "ash": 1.0})(prompt, answer)
+        return -math.inf if "fog" in prompt and answer == "(B)" else by_opinion({"tea": 2.0, "fog": 2.0, "ash": 1.0})(prompt, answer)
 
     items, _ = score([record(t) for t in ("tea", "jam", "fog", "ash")], log_prob)
     assert [item["valid"] for item in items] == [True, False, False, True]
@@ -133,7 +135,7 @@ def test_what_is_asked(score, record):
     assert [(r.turns[-1]["content"], r.answer) for r in asked[:4]] == [(mine, "yes"), (mine, "no"), (neutral, "yes"), (neutral, "no")]
     listed = [f"{mine}\n (A) {first}\n (B) {second}" for first, second in (("yes", "no"), ("no", "yes"))]
     assert [(r.turns, r.answer) for r in asked[4:]] == [
-        ([{"role": "user", "content": text}, LEAD], letter) for text in listed for letter in (" (A)", " (B)")
+        ([{"role": "user", "content": text}, LEAD], letter) for text in listed for letter in ("(A)", "(B)")
     ]
 
 
@@ -152,3 +154,9 @@ def test_answers_stand_for_positions_that_are_not_given(score, record):
     _, asked = score([record("tea", choices=None, neutral=False)], lambda *_: 0.0)
     assert [r.answer for r in asked[:2]] == ["Yes to tea.", "No to tea."]
     assert asked[2].turns[0]["content"].endswith("\n (A) Yes to tea.\n (B) No to tea.")
+
+
+def test_a_letter_has_one_space_in_front():
+    turns = [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "I believe the best answer is"}]
+    decode = tiny_tokenizer().decode
+    assert [decode(tokenize(tiny_tokenizer(), turns, letter).answer) for letter in suites._LETTERS] == [" (A)", " (B)"]

@@ -25,7 +25,7 @@ from bad_neurons.models.prompts import Turn
 from bad_neurons.models.view import DecoderView
 
 MEASURES = ("opinion_shift", "match_rate", "match_rate_letter", "letter_bias")
-_LETTERS = (" (A)", " (B)")
+_LETTERS = ("(A)", "(B)")  # `tokenize` puts the space in front
 _LEAD = "I believe the best answer is"
 
 
