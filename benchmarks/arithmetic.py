@@ -305,7 +305,6 @@ def learning() -> str:
     return by_model(
         "memory of tuning",
         [
-            ("masked: second model, GB", lambda s: s.weights / 1e9),
             ("masked: matrices that learn, 10⁶ values", lambda s: s.masked / mega),
             ("masked: their gradients and AdamW, bfloat16, GB", lambda s: masked_bytes(s) / 1e9),
             ("masked: all logits of a token, MB", lambda s: LOGITS_HELD["as written"] * s.V / mega),
@@ -319,14 +318,15 @@ def learning() -> str:
 
 
 def cards() -> str:
-    """Tokens of a tuning batch by card."""
+    """Tokens of a tuning batch by card, where the card holds the weights at all."""
     ways: tuple[Way, ...] = ("cached", "recomputed", "where needed", "as written")
 
     def fits(s: Shape, way: Way, card: int) -> str:
         tokens = tokens_that_fit(s, way, card)
         return f"{tokens // 100 * 100:,}" if tokens >= BATCH else number(max(tokens, 0)) if tokens > T else "no"
 
-    rows = [[f"{s.name}, {card} GiB", *(fits(s, way, card) for way in ways)] for s in SHAPES for card in CARDS]
+    hold = [(s, card) for s in SHAPES for card in CARDS if s.weights < USABLE * card * 2**30]
+    rows = [[f"{s.name}, {card} GiB", *(fits(s, way, card) for way in ways)] for s, card in hold]
     return markdown(
         ["largest batch, tokens", "bad-neurons", "with `checkpointing`", "masked, logits where needed", "masked, all logits"], rows
     )
@@ -362,7 +362,6 @@ def reading() -> str:
             ("features of 1,000 answers, GB", lambda s: EXAMPLES * E * 4 * (D_SAE + s.d) / 1e9),
             ("probe: one step of L-BFGS over them, GFLOP", lambda s: 4 * EXAMPLES * E * D_SAE / 1e9),
             ("layer selection: Gram matrix of a layer, at most, GFLOP", lambda s: 2 * EXAMPLES**2 * D_SAE / 1e9),
-            ("layer selection: one set of layers, a Cholesky factor, GFLOP", lambda s: EXAMPLES**3 / 3 / 1e9),
         ],
     )
 
