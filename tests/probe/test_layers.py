@@ -106,8 +106,7 @@ def test_no_layer_better_than_none(problem):
 def test_budget(problem, monkeypatch, count, budget, steps):
     """With a score that always improves, the selection takes as many layers as it may."""
     calls = iter(range(10_000))
-    monkeypatch.setattr(layers_module, "validation_scores", lambda logits, y: Scores(float(next(calls)), 0.5, 1.0))
-    monkeypatch.setattr(layers_module, "_MAX_WORKERS", 1)
+    monkeypatch.setattr(layers_module, "scores_of_each", lambda logits, y: [Scores(float(next(calls)), 0.5, 1.0) for _ in logits])
     train, held_out, y, y_held_out = problem
     some = [{layer: x[layer] for layer in list(x)[:count]} for x in (train, held_out)]
     assert len(select_layers(*some, y, y_held_out, l2=0.1, budget=budget).chosen) == steps
@@ -121,8 +120,7 @@ def test_score_that_decides_and_ties(problem, monkeypatch, score, first):
     _, _, y, y_held_out = problem
     rows = [(0.9, 0.5, 0.6), (0.8, 0.7, 0.5), (0.8, 0.7, 0.4), (0.6, 0.6, 0.3), (0.6, 0.6, 0.3)]
     scores = iter([Scores(0.5, 0.5, 0.7), *(Scores(*row) for row in rows), Scores(0.5, 0.5, 0.7)])
-    monkeypatch.setattr(layers_module, "validation_scores", lambda logits, y: next(scores))
-    monkeypatch.setattr(layers_module, "_MAX_WORKERS", 1)
+    monkeypatch.setattr(layers_module, "scores_of_each", lambda logits, y: [next(scores) for _ in logits])
     features = {layer: torch.rand(N, 2) for layer in range(5)}, {layer: torch.rand(M, 2) for layer in range(5)}
     assert select_layers(*features, y, y_held_out, l2=0.1, budget=1, score=score).order == [first]
 

@@ -59,9 +59,10 @@ def gram(train: Tensor, validation: Tensor) -> Gram:
         for top in range(0, n, rows):  # only the blocks on and below the diagonal
             block = slice(top, min(top + rows, n))
             product[top:, block] += _products(centred[top:], centred[block])
-    lower = product[:n].tril()
+    square = product[:n].tril_()
+    square += square.tril(-1).T
     squares = float(torch.linalg.vector_norm(train, dim=1).double().square().sum())
-    return Gram(lower + lower.tril(-1).T, product[n:].clone(), squares, width)
+    return Gram(square, product[n:], squares, width)
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ class DualFit(NamedTuple):
 
 def validation_logits(fit: DualFit, grams: Sequence[Gram]) -> Tensor:
     """Log-odds [M], float64, that a fit to features side by side gives the validation examples."""
-    products = torch.stack([g.validation.double() @ fit.alpha for g in grams]).sum(0)
+    products = torch.stack([g.validation @ fit.alpha.to(g.validation) for g in grams]).double().sum(0)
     return products / mean_square(grams) + fit.bias
 
 
@@ -117,7 +118,7 @@ class DualLogistic:
 
     def __init__(self, y: Tensor, l2: float) -> None:
         n = len(y)
-        self._y, self._l2, self._c = y.double(), l2, l2 * n
+        self._y, self._l2 = y.double(), l2
         self.base_rate = torch.logit(self._y.mean()).expand(n)
         self._kernel = torch.empty(n, n, dtype=torch.float64)
         self._matrix = torch.empty(n, n)
@@ -138,10 +139,12 @@ class DualLogistic:
         Raises:
             UserError: the penalty is so small that rounding hides the optimum.
         """
-        kernel, y, c = self._scaled(grams), self._y, self._c
+        scale = mean_square(grams)
+        kernel, y, l2 = self._sum(grams), self._y, self._l2 * scale  # raw features with as much more penalty: the same problem
+        c = l2 * len(y)
         logits = self.base_rate if start is None else start
         p = logits.sigmoid()
-        factor = self._factor(kernel, p)
+        factor = self._factor(kernel, p, c)
         alpha, bias = factor.solve(factor.root * logits + (y - p) / factor.root)
         logits = kernel @ alpha + bias
         before = torch.inf
@@ -150,36 +153,40 @@ class DualLogistic:
             residual = torch.add(y - p, alpha, alpha=-c)
             error = float(residual.abs().max())
             if error <= _TOLERANCE:
-                return DualFit(alpha, float(bias), logits)
+                return DualFit(alpha * scale, float(bias), logits)
             if error > 0.5 * before:
-                factor = self._factor(kernel, p)
+                factor = self._factor(kernel, p, c)
             before = error
             step, bias_step = factor.solve(residual / factor.root)
             logits_step = kernel @ step + bias_step
             length = 1.0
             if error > 1e-2:
-                penalty = torch.stack([step @ (logits - bias), step @ (logits_step - bias_step)]) * self._l2
+                penalty = torch.stack([step @ (logits - bias), step @ (logits_step - bias_step)]) * l2
                 length = _length(logits, logits_step, y, *penalty.tolist())
-            alpha, bias, logits = alpha + length * step, bias + length * bias_step, logits + length * logits_step
+            alpha = torch.add(alpha, step, alpha=length)
+            bias = torch.add(bias, bias_step, alpha=length)
+            logits = torch.add(logits, logits_step, alpha=length)
         raise self._too_small()
 
-    def _scaled(self, grams: Sequence[Gram]) -> Tensor:
-        """Inner products of the scaled training features, [N, N]."""
-        self._kernel.copy_(grams[0].train)
-        for gram in grams[1:]:
+    def _sum(self, grams: Sequence[Gram]) -> Tensor:
+        """Inner products of the training features side by side, [N, N]."""
+        if len(grams) == 1:
+            return self._kernel.copy_(grams[0].train)
+        torch.add(grams[0].train, grams[1].train, out=self._kernel)
+        for gram in grams[2:]:
             self._kernel.add_(gram.train)
-        return self._kernel.div_(mean_square(grams))
+        return self._kernel
 
-    def _factor(self, kernel: Tensor, p: Tensor) -> _Factor:
+    def _factor(self, kernel: Tensor, p: Tensor, c: float) -> _Factor:
         curvature = p * (1 - p)
         root = curvature.sqrt().clamp_min(1e-5)
-        largest = float(curvature @ kernel.diagonal()) / self._c  # the trace bounds the largest eigenvalue
+        largest = float(curvature @ kernel.diagonal()) / c  # the trace bounds the largest eigenvalue
         if largest * torch.finfo(torch.float32).eps > 0.05:  # too much for steps in single precision
             self._matrix, self._cholesky = self._matrix.double(), self._cholesky.double()
-        torch.mul(kernel, root / self._c, out=self._matrix).mul_(root[:, None].to(self._matrix))
+        torch.mul(kernel, root / c, out=self._matrix).mul_(root[:, None].to(self._matrix))
         self._matrix.diagonal().add_(1)
         try:
-            return _Factor(root, torch.linalg.cholesky(self._matrix, out=self._cholesky), self._c)
+            return _Factor(root, torch.linalg.cholesky(self._matrix, out=self._cholesky), c)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise self._too_small() from error
 

@@ -8,6 +8,7 @@ Legend: L candidate layers, N training examples, M validation examples, D featur
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -84,10 +85,9 @@ class LayerSelection:
         return sorted(self.order)
 
 
-class _Candidate(NamedTuple):
-    layer: int
-    logits: Tensor
-    scores: Scores
+class _Logits(NamedTuple):
+    train: Tensor
+    validation: Tensor
 
 
 def select_layers(
@@ -175,7 +175,7 @@ def _all_grams(
     found = workers.map(lambda layer: gram(train[layer], validation[layer]), layers)
     grams = dict(zip(layers, tqdm(found, "Gram matrices", len(layers), unit="layer"), strict=True))
     for layer, one in grams.items():
-        if not torch.isfinite(one.validation).all() or not torch.isfinite(one.train).all():
+        if not math.isfinite(one.squares + float(one.validation.sum())):
             raise UserError(f"features of layer {layer}: not all of them are finite numbers; extract them in float32 (--dtype float32)")
     return grams
 
@@ -207,47 +207,45 @@ class _Greedy:
         steps: list[Step] = []
         with tqdm(total=sum(len(rest) - i for i in range(budget)), desc="probes of candidate layers", unit="probe") as bar:
             while len(steps) < budget:
-                candidates = []
-                for candidate in self._workers.map(self._fit, rest):
-                    candidates.append(candidate)
+                fits = []
+                for fit in self._workers.map(self._fit, ([*self._taken, self._grams[layer]] for layer in rest)):
+                    fits.append(fit)
                     bar.update()
-                first = max(candidates, key=lambda c: (self._value(c.scores), -c.scores.log_loss, -c.layer))
-                improves = self._value(first.scores) > self._value(best)
-                steps.append(Step(first.layer, first.scores, improves, {c.layer: c.scores for c in candidates}))
+                scores = dict(zip(rest, scores_of_each(torch.stack([fit.validation for fit in fits]), self._y), strict=True))
+                first = max(rest, key=lambda layer: (self._value(scores[layer]), -scores[layer].log_loss, -layer))
+                improves = self._value(scores[first]) > self._value(best)
+                steps.append(Step(first, scores[first], improves, scores))
                 if not improves:
                     bar.total = bar.n
                     break
-                self._take(first)
-                best = first.scores
-                rest.remove(first.layer)
-        return LayerSelection(tuple(steps), without, self._scores(list(self._grams.values()))[1])
+                best = scores[first]
+                self._logits = fits[rest.index(first)].train
+                self._taken = [side_by_side(taken, self._grams[first]) for taken in self._taken] or [self._grams[first]]
+                rest.remove(first)
+        return LayerSelection(tuple(steps), without, validation_scores(self._fit(list(self._grams.values())).validation, self._y))
 
-    def _take(self, candidate: _Candidate) -> None:
-        self._logits = candidate.logits
-        one = self._grams[candidate.layer]
-        self._taken = [side_by_side(taken, one) for taken in self._taken] or [one]
-
-    def _fit(self, layer: int) -> _Candidate:
-        return _Candidate(layer, *self._scores([*self._taken, self._grams[layer]]))
-
-    def _scores(self, grams: Sequence[Gram]) -> tuple[Tensor, Scores]:
+    def _fit(self, grams: Sequence[Gram]) -> _Logits:
         solver = self._idle.get()
         try:
             fit = solver.fit(grams, self._logits)
         finally:
             self._idle.put(solver)
-        return fit.logits, validation_scores(validation_logits(fit, grams), self._y)
+        return _Logits(fit.logits, validation_logits(fit, grams))
 
     def _value(self, scores: Scores) -> float:
         return -scores.log_loss if self._score == "log_loss" else float(getattr(scores, self._score))
 
 
 def validation_scores(logits: Tensor, y: Tensor) -> Scores:
-    """Scores of log-odds [M] for labels [M]; answers with the same log-odds count half for the AUROC."""
-    positive, negative = logits[y > 0], logits[y <= 0].sort().values
+    """Scores of log-odds [M] for labels [M]; pairs with the same log-odds count half for the AUROC."""
+    return scores_of_each(logits[None], y)[0]
+
+
+def scores_of_each(logits: Tensor, y: Tensor) -> list[Scores]:
+    """Scores of the log-odds of C probes, [C, M], for labels [M]."""
+    positive, negative = logits[:, y > 0].contiguous(), logits[:, y <= 0].sort().values
     below = torch.searchsorted(negative, positive) + torch.searchsorted(negative, positive, right=True)
-    return Scores(
-        auroc=float(below.double().mean()) / (2 * len(negative)),
-        accuracy=float(((logits > 0) == (y > 0)).double().mean()),
-        log_loss=float(F.binary_cross_entropy_with_logits(logits, y)),
-    )
+    auroc = below.double().mean(1) / (2 * negative.shape[1])
+    accuracy = ((logits > 0) == (y > 0)).double().mean(1)
+    log_loss = F.binary_cross_entropy_with_logits(logits, y.expand_as(logits), reduction="none").mean(1)
+    return [Scores(*row) for row in zip(auroc.tolist(), accuracy.tolist(), log_loss.tolist(), strict=True)]
