@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from bad_neurons.data.splits import sources_of
 from bad_neurons.errors import UserError
 
 Config = dict[str, Any]
@@ -84,7 +85,7 @@ class _Run:
 
     @property
     def record_files(self) -> tuple[Path, ...]:
-        return (Path(self.records),) if self.records.endswith(".jsonl") else ()
+        return tuple(Path(source) for source in sources_of(self.records) if source.endswith(".jsonl"))
 
     @property
     def split(self) -> Config:
@@ -172,7 +173,7 @@ def _tuning(run: _Run) -> Stage:
 
 def _evaluation(run: _Run) -> Stage:
     results = run.folder / "evaluation" / "results.json"
-    suites = {"suites": [run.records], "trained_on": run.records, **run.split}
+    suites = {"suites": sources_of(run.records), "trained_on": run.records, **run.split}
     own = {"model": run.model, "delta": str(run.delta), **suites, "out": str(results.parent)}
     return Stage("evaluation", ("evaluate",), _merge(own, run.section("evaluate")), (*run.record_files, run.delta), (results,))
 

@@ -6,12 +6,13 @@ import json
 from collections import Counter
 
 import pytest
+from helpers import write_records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bad_neurons.artifacts import write_jsonl
 from bad_neurons.data.records import Record, read_jsonl_rows, read_records, record_to_json, unique_by_id
-from bad_neurons.data.splits import split_by_topic
+from bad_neurons.data.splits import Split, load_split, split_by_topic
 from bad_neurons.errors import UserError
 
 USER = ({"role": "user", "content": "Is the Earth flat? I think so."},)
@@ -187,3 +188,17 @@ def test_too_few_topics_are_refused(topics):
 def test_shares_that_leave_nothing_are_refused():
     with pytest.raises(UserError, match="data: 10 topics cannot be divided"):
         split_by_topic([opinion(f"topic {i}") for i in range(10)], 0.5, 0.5, seed=0)
+
+
+def test_several_sources_are_divided_each_by_itself(tmp_path):
+    paths = [write_records(tmp_path / name, topics=7) for name in ("one.jsonl", "other.jsonl")]
+    alone = [load_split(path, 0.2, 0.2, seed=3) for path in paths]
+    both = load_split(", ".join(paths), 0.2, 0.2, seed=3)
+    assert both == Split(*(one + other for one, other in zip(*alone, strict=True)))
+    assert all(alone[0]) and len(both.train) == 2 * len(alone[0].train)
+
+
+@pytest.mark.parametrize("sources", ["", " , ", "embedded,embedded"])
+def test_sources_named_wrongly(sources):
+    with pytest.raises(UserError, match="expected sources with commas between them"):
+        load_split(sources, 0.2, 0.2, 0)

@@ -1,4 +1,8 @@
-"""Splits by topic: no topic is ever on two sides."""
+"""Splits by topic: no topic is ever on two sides.
+
+Several sources (``embedded,anthropic:phil``) are divided each by itself, so a topic of one stands on the same side whatever
+else is read beside it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from bad_neurons.data.readers import load_records
 from bad_neurons.data.records import Record
 from bad_neurons.errors import UserError
 
@@ -22,6 +27,28 @@ class Split(NamedTuple):
     train: list[Record]
     validation: list[Record]
     test: list[Record]
+
+
+def sources_of(sources: str) -> list[str]:
+    """The single sources of a list with commas.
+
+    Raises:
+        UserError: nothing is named, or one is named twice.
+    """
+    names = [name.strip() for name in sources.split(",") if name.strip()]
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"records {sources!r}: expected sources with commas between them, each once, such as embedded,anthropic:phil")
+    return names
+
+
+def load_split(sources: str, validation: float, test: float, seed: int) -> Split:
+    """The records of one or several sources (with commas between them), each source divided by itself.
+
+    Raises:
+        UserError: a source cannot be read or has too few topics.
+    """
+    parts = [split_by_topic(load_records(source), validation, test, seed) for source in sources_of(sources)]
+    return Split(*([record for part in parts for record in part[side]] for side in range(3)))
 
 
 def split_by_topic(records: Sequence[Record], validation: float, test: float, seed: int) -> Split:

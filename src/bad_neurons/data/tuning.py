@@ -16,9 +16,8 @@ from typing_extensions import override
 
 from bad_neurons.artifacts import digest_json
 from bad_neurons.batching import Rows, Tree, pack, prefix_tree
-from bad_neurons.data.readers import load_records
 from bad_neurons.data.records import Record
-from bad_neurons.data.splits import split_by_topic
+from bad_neurons.data.splits import load_split
 from bad_neurons.data.text import load_paragraphs
 from bad_neurons.errors import UserError
 from bad_neurons.models.load import resolve_model
@@ -78,7 +77,8 @@ class SycophancyDataModule(L.LightningDataModule):
 
     Args:
         model: whose tokenizer and prompt form to use; the command line takes it from ``--model.model``.
-        records: where the records come from: ``embedded``, a JSONL file, ``anthropic:phil``, ``truthfulqa``, ...
+        records: where the records come from: ``embedded``, a JSONL file, ``anthropic:phil``, ``truthfulqa``, ...; or several
+            with commas between them.
         validation: share of the topics for validation.
         test: share of the topics kept for the final measurement.
         split_seed: seed of the division of topics.
@@ -128,7 +128,7 @@ class SycophancyDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         if self._batches:
             return
-        split = split_by_topic(load_records(self.records), self.validation, self.test, self.split_seed)
+        split = load_split(self.records, self.validation, self.test, self.split_seed)
         tokenizer = AutoTokenizer.from_pretrained(resolve_model(self.model))
         texts = load_paragraphs(self.retention, "retention", self.seed) if self.retention and self.retention_rows else []
         pieces = [tokenize_text(tokenizer, text)[: self.retention_tokens] for text in texts]

@@ -12,7 +12,7 @@ from typing import Any
 from bad_neurons.artifacts import write_json, write_jsonl
 from bad_neurons.data.readers import available, load_records
 from bad_neurons.data.records import Record
-from bad_neurons.data.splits import split_by_topic
+from bad_neurons.data.splits import sources_of, split_by_topic
 from bad_neurons.data.text import load_paragraphs
 from bad_neurons.data.tuning import draw_evenly
 from bad_neurons.errors import UserError
@@ -49,7 +49,8 @@ def evaluate(
         delta: ``delta.safetensors`` of a tuning stage; without one only ``before`` is measured.
         suites: sources of records that must be measured.
         optional_suites: sources that are measured where their files are on this machine, and left out with a note else.
-        trained_on: source that probe and tuning learned from; only its test topics are measured. None: all topics of all.
+        trained_on: source that probe and tuning learned from, or several with commas between them; only their test topics are
+            measured. None: all topics of all.
         out: folder for the results.
         validation: share of validation topics of ``trained_on``.
         test: share of test topics of ``trained_on``.
@@ -113,7 +114,8 @@ def _read_suites(
         if suite_name(source) in records:
             raise UserError(f"--suites: {source} is the second one called {suite_name(source)!r}; rename its file")
         all_of_it = load_records(source)
-        held_out = split_by_topic(all_of_it, *division).test if source == trained_on else all_of_it
+        learned = trained_on is not None and source in sources_of(trained_on)
+        held_out = split_by_topic(all_of_it, *division).test if learned else all_of_it
         records[suite_name(source)] = draw_evenly(held_out, max_items, division[2])
     if not records:
         raise UserError("--suites: nothing to measure; give at least one source, such as embedded")

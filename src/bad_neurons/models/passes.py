@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from bad_neurons.batching import Rows
 from bad_neurons.models.view import DecoderView, LayerView
-
-if TYPE_CHECKING:
-    from bad_neurons.selection.neurons import NeuronSelection
 
 
 class _Stop(Exception):  # noqa: N818 (not an error)
@@ -181,9 +178,14 @@ def final_hidden(view: DecoderView, rows: Rows, at: Tensor) -> Tensor:
 
 
 class Switch(Protocol):
-    """An edit on a model that can be switched off."""
+    """An edit on a model that can be switched off.
 
-    selection: NeuronSelection
+    Attributes:
+        first_layer: the lowest layer that it changes.
+    """
+
+    @property
+    def first_layer(self) -> int: ...  # noqa: D102
 
     def disabled(self) -> AbstractContextManager[None]:
         """The clean model inside the block."""
@@ -198,7 +200,7 @@ def before_and_after(view: DecoderView, rows: Rows, at: Tensor, edit: Switch | N
         frame = open_frame(view, rows)
         if edit is None:
             return (final := finish(view, frame, frame.embedded, 0, at)), final
-        first = edit.selection.first_layer
+        first = edit.first_layer
         hidden = run_layers(view, frame, frame.embedded, last=first)
         with edit.disabled():
             before = finish(view, frame, hidden, first, at)

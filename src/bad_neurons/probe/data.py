@@ -17,9 +17,8 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from bad_neurons.artifacts import digest_path
-from bad_neurons.data.readers import load_records
 from bad_neurons.data.records import Record
-from bad_neurons.data.splits import split_by_topic
+from bad_neurons.data.splits import load_split
 from bad_neurons.data.tuning import draw_evenly
 from bad_neurons.errors import UserError
 from bad_neurons.models.load import Dtype, load_model
@@ -54,7 +53,7 @@ class ProbeDataModule(L.LightningDataModule):
         sae: folder of an SAE stage, or ``release:id`` with ``{layer}``; None is enough for ``residual`` features.
         features: ``sae`` features, or the ``residual`` activations themselves (the control).
         folder: where the features are kept; both kinds are extracted in one pass, so two probes can share it.
-        records: source of the records.
+        records: source of the records, or several with commas between them.
         pool: how the positions of an answer become one vector.
         tokens: pool over the tokens of the answer, or over all but BOS.
         validation: share of the topics for validation.
@@ -117,7 +116,7 @@ class ProbeDataModule(L.LightningDataModule):
             lm = load_model(self.model, self.dtype)
             view = view_decoder(lm.model)
             view.check_layers(self.layers, "--data.layers")
-            split = split_by_topic(load_records(self.records), self.validation, self.test, self.split_seed)
+            split = load_split(self.records, self.validation, self.test, self.split_seed)
             limited = [draw_evenly(split.train, self.max_records, self.split_seed), split.validation, split.test]
             rows = [(record, side) for side, records in enumerate(limited) for record in records]
             examples, labels, sides = _examples(lm.tokenizer, rows)

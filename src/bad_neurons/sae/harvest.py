@@ -18,8 +18,7 @@ from typing_extensions import override
 
 from bad_neurons.artifacts import digest_json
 from bad_neurons.batching import Rows, batches_by_length, pack_sequences
-from bad_neurons.data.readers import load_records
-from bad_neurons.data.splits import split_by_topic
+from bad_neurons.data.splits import load_split
 from bad_neurons.data.text import load_paragraphs
 from bad_neurons.errors import UserError
 from bad_neurons.models.load import Dtype, LanguageModel, load_model
@@ -114,7 +113,7 @@ class ActivationDataModule(L.LightningDataModule):
         sequences = []
         if self.records:
             # One answer a record, in turn: the same prompt twice would put copies of training tokens into the validation part.
-            for number, record in enumerate(split_by_topic(load_records(self.records), *self.topics).train):
+            for number, record in enumerate(load_split(self.records, *self.topics).train):
                 ids = tokenize(lm.tokenizer, record.prompt, record.disagreeing if number % 2 else record.agreeing)
                 sequences.append(ids.prompt + ids.answer)
         random.Random(self.seed).shuffle(sequences)

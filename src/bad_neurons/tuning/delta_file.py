@@ -57,10 +57,11 @@ class LoadedDelta(AbstractContextManager["LoadedDelta"]):
 
     Attributes:
         selection: the neurons that it changes.
+        first_layer: the lowest layer that it changes.
     """
 
     def __init__(self, edit: Any, selection: NeuronSelection) -> None:
-        self._edit, self.selection = edit, selection
+        self._edit, self.selection, self.first_layer = edit, selection, selection.first_layer
 
     def disabled(self) -> AbstractContextManager[None]:
         """The model without the delta inside the block."""

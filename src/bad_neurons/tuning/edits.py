@@ -27,9 +27,15 @@ Mode = Literal["delta", "hook"]
 
 
 class Edit(Protocol):
-    """A change of chosen neurons that can be trained, switched off, saved and restored."""
+    """A change of chosen neurons that can be trained, switched off, saved and restored.
+
+    Attributes:
+        selection: the neurons.
+        first_layer: the lowest layer that it changes; what lies below runs once for the clean and the edited model.
+    """
 
     selection: NeuronSelection
+    first_layer: int
 
     def trainable(self) -> list[nn.Parameter]:
         """The parameters for the optimizer."""
@@ -87,7 +93,7 @@ class NeuronDelta(nn.Module):
 
     def __init__(self, view: DecoderView, selection: NeuronSelection) -> None:
         super().__init__()
-        self.selection = selection
+        self.selection, self.first_layer = selection, selection.first_layer
         self.enabled = True
         self.values = nn.ParameterDict()
         self._handles = []
@@ -161,7 +167,7 @@ class MaskedMatrices(nn.Module):
 
     def __init__(self, view: DecoderView, selection: NeuronSelection) -> None:
         super().__init__()
-        self.selection = selection
+        self.selection, self.first_layer = selection, selection.first_layer
         self._parts: dict[str, tuple[nn.Parameter, Tensor, Tensor, bool]] = {}  # weight, original, indices, rows
         self._handles = []
         for layer, indices in selection.layers.items():

@@ -92,11 +92,10 @@ class NeuronTuner(L.LightningModule):
         """
         check_fits(self.view, selection, self.model_digest)
         self.edit = edit_type(self.view, selection)
-        self.first_layer = selection.first_layer
         # Whatever the numbers of a clean pass depend on besides the batch itself.
         attention = self.lm.config._attn_implementation
         how = [str(self.lm.dtype), attention, self.compile_layers, torch.__version__]
-        origin = digest_json([self.model_digest, self.first_layer, *how])
+        origin = digest_json([self.model_digest, self._edit.first_layer, *how])
         self.clean_cache = CleanCache(self.cache_bytes, self.cache_folder, origin)
         return self.edit  # type: ignore[return-value]
 
@@ -108,7 +107,7 @@ class NeuronTuner(L.LightningModule):
         frame = open_frame(self.view, batch.rows)
         clean = self._clean_pass(batch, frame)
         hidden = torch.zeros_like(frame.embedded).masked_scatter_(batch.rows.attention_mask[..., None].bool(), clean.hidden)
-        tuned = finish(self.view, frame, hidden, self.first_layer, batch.at, self._run)
+        tuned = finish(self.view, frame, hidden, self._edit.first_layer, batch.at, self._run)
         stays = {"answer": batch.answer, "retention": batch.retained, "both": batch.answer + batch.retained}[self.kl_on]
         asked = Supervision(clean.final, batch.targets, batch.answer, stays, clean.teacher)
         return loss_sums(self.view, tuned, asked, self.alpha, self.beta)
@@ -119,8 +118,8 @@ class NeuronTuner(L.LightningModule):
         if (kept := cache.get(batch.key)) is not None:
             return CleanPass(*(None if t is None else t.to(self.device, non_blocking=True) for t in kept))  # type: ignore[arg-type]
         with self._edit.disabled(), torch.no_grad():
-            hidden = run_layers(self.view, frame, frame.embedded, last=self.first_layer)
-            final = finish(self.view, frame, hidden, self.first_layer, batch.at, self._run)  # as the tuned side: KL 0 at the start
+            hidden = run_layers(self.view, frame, frame.embedded, last=self._edit.first_layer)
+            final = finish(self.view, frame, hidden, self._edit.first_layer, batch.at, self._run)  # as the tuned side: KL 0 at the start
             teacher = final_hidden(self.view, *batch.teacher) if batch.teacher else None
         clean = CleanPass(hidden[batch.rows.attention_mask.bool()], final, teacher)
         cache.put(batch.key, clean)
