@@ -6,7 +6,6 @@ import json
 from collections import Counter
 
 import pytest
-from helpers import write_records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +13,7 @@ from bad_neurons.artifacts import write_jsonl
 from bad_neurons.data.records import Record, read_jsonl_rows, read_records, record_to_json, unique_by_id
 from bad_neurons.data.splits import Split, load_split, split_by_topic
 from bad_neurons.errors import UserError
+from helpers import write_records
 
 USER = ({"role": "user", "content": "Is the Earth flat? I think so."},)
 ROW = {"prompt": "Is the Earth flat? I think so.", "honest": "It is round.", "sycophantic": "It is flat.", "topic": "earth"}
@@ -195,7 +195,8 @@ def test_several_sources_are_divided_each_by_itself(tmp_path):
     alone = [load_split(path, 0.2, 0.2, seed=3) for path in paths]
     both = load_split(", ".join(paths), 0.2, 0.2, seed=3)
     assert both == Split(*(one + other for one, other in zip(*alone, strict=True)))
-    assert all(alone[0]) and len(both.train) == 2 * len(alone[0].train)
+    assert all(alone[0])
+    assert len(both.train) == 2 * len(alone[0].train)
 
 
 @pytest.mark.parametrize("sources", ["", " , ", "embedded,embedded"])
