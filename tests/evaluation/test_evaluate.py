@@ -79,7 +79,7 @@ def test_results_have_the_shape_of_the_contract(measure, delta, tiny_folder, tmp
     assert list(results["seconds"]) == ["evaluation"]
 
 
-def test_before_and_after_are_the_model_without_and_with_its_delta(measure, delta, tiny, records, tmp_path):
+def test_before_and_after_are_the_model_without_and_with_its_delta(measure, delta, tiny, records, source, tmp_path):
     results = measure(delta=delta)
     rows = [row for _, row in read_jsonl_rows(tmp_path / "out" / "items.jsonl")]
     lm = tiny()
@@ -89,7 +89,7 @@ def test_before_and_after_are_the_model_without_and_with_its_delta(measure, delt
     for when in ("before", "after"):
         mine = [row for row in rows if (row["suite"], row["when"]) == ("own", when)]
         assert {row["id"] for row in mine} == set(by_id)
-        expected = score_items(view, lm.tokenizer, [by_id[row["id"]] for row in mine], "again").before
+        expected = score_items(view, lm.tokenizer, {source: [by_id[row["id"]] for row in mine]})[source].before
         for row, other in zip(mine, expected, strict=True):
             assert row == {
                 "suite": "own",
@@ -176,7 +176,11 @@ def test_two_suites_of_one_name_are_refused(measure, source, tmp_path):
         ("anthropic:phil", "phil"),
         ("anthropic:nlp@/data/x", "nlp"),
         ("truthfulqa", "truthfulqa"),
+        ("truthfulqa@/data/x.jsonl", "truthfulqa"),
         ("a/b.c.jsonl", "b.c"),
+        ("me@home/own.jsonl", "own"),
+        ("a:b/own.jsonl", "own"),
+        ("~/own@2:1.jsonl", "own@2:1"),
     ],
 )
 def test_short_names(source, name):

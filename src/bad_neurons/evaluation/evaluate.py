@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bad_neurons.artifacts import write_json, write_jsonl
-from bad_neurons.data.readers import available, load_records
+from bad_neurons.data.readers import available, load_records, parse_source
 from bad_neurons.data.records import Record
 from bad_neurons.data.splits import sources_of, split_by_topic
 from bad_neurons.data.text import load_paragraphs
@@ -18,7 +18,7 @@ from bad_neurons.data.tuning import draw_evenly
 from bad_neurons.errors import UserError
 from bad_neurons.evaluation.generate import greedy_answers
 from bad_neurons.evaluation.side_effects import side_effects
-from bad_neurons.evaluation.suites import score_items, summarise
+from bad_neurons.evaluation.suites import score_items, suite_of
 from bad_neurons.models.load import Dtype, LanguageModel, load_model
 from bad_neurons.models.view import view_decoder
 from bad_neurons.tuning.delta_file import LoadedDelta, load_delta
@@ -69,15 +69,14 @@ def evaluate(
     lm = load_model(model, dtype)
     view = view_decoder(lm.model)
     loaded = load_delta(lm.model, delta) if delta else None
-    items = {
-        name: {when: rows for when, rows in sides._asdict().items() if rows}
-        for name, suite in records.items()
-        if (sides := score_items(view, lm.tokenizer, suite, f"{name}, {len(suite)} items", loaded))
-    }
+    scored = score_items(view, lm.tokenizer, records, loaded)
+    items = {source: {when: rows for when, rows in sides._asdict().items() if rows} for source, sides in scored.items()}
     results: dict[str, Any] = {
         "model": model,
         "neurons": neurons_summary(loaded) if loaded else None,
-        "suites": {name: {when: summarise(rows) for when, rows in sides.items()} for name, sides in items.items()},
+        "suites": {
+            suite_name(source): {when: suite_of(source).summarise(rows) for when, rows in sides.items()} for source, sides in items.items()
+        },
     }
     if text:
         paragraphs = load_paragraphs(text, "measure")[:max_paragraphs]
@@ -92,8 +91,8 @@ def evaluate(
 
 def suite_name(source: str) -> str:
     """Short name of a suite: ``anthropic:phil`` is ``phil``, a file is its stem."""
-    scheme, _, part = source.partition("@")[0].partition(":")
-    return part or (Path(source).stem if source.endswith(".jsonl") else scheme)
+    scheme, rest = parse_source(source)
+    return (rest.partition("@")[0] or scheme) if scheme else Path(rest).stem
 
 
 def neurons_summary(loaded: LoadedDelta) -> dict[str, Any]:
@@ -111,19 +110,24 @@ def _read_suites(
         log.info("not measured: %s (no files here; set BAD_NEURONS_DATA to the folder that holds them)", ", ".join(absent))
     records: dict[str, list[Record]] = {}
     for source in dict.fromkeys([*suites, *here]):
-        if suite_name(source) in records:
+        if suite_name(source) in map(suite_name, records):
             raise UserError(f"--suites: {source} is the second one called {suite_name(source)!r}; rename its file")
         all_of_it = load_records(source)
         learned = trained_on is not None and source in sources_of(trained_on)
         held_out = split_by_topic(all_of_it, *division).test if learned else all_of_it
-        records[suite_name(source)] = draw_evenly(held_out, max_items, division[2])
+        records[source] = draw_evenly(held_out, max_items, division[2])
     if not records:
         raise UserError("--suites: nothing to measure; give at least one source, such as embedded")
     return records
 
 
 def _item_rows(items: dict[str, dict[str, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
-    return [{"suite": name, "when": when, **row} for name, sides in items.items() for when, rows in sides.items() for row in rows]
+    return [
+        {"suite": suite_name(source), "when": when, **row}
+        for source, sides in items.items()
+        for when, rows in sides.items()
+        for row in rows
+    ]
 
 
 def _answers(lm: LanguageModel, loaded: LoadedDelta | None, records: list[Record]) -> list[dict[str, Any]]:

@@ -51,7 +51,7 @@ def load_records(source: str) -> list[Record]:
     Raises:
         UserError: an unknown source, data that cannot be had, malformed data, or two different records with one id.
     """
-    scheme, rest = _parts(source)
+    scheme, rest = parse_source(source)
     return _unique(source, READERS[scheme](rest) if scheme else read_records(rest))
 
 
@@ -61,7 +61,7 @@ def available(source: str) -> bool:
     Raises:
         UserError: an unknown source.
     """
-    return _parts(source)[0] == "embedded" or local_path(source) is not None
+    return parse_source(source)[0] == "embedded" or local_path(source) is not None
 
 
 def local_path(source: str) -> Path | None:
@@ -70,14 +70,18 @@ def local_path(source: str) -> Path | None:
     Raises:
         UserError: an unknown source.
     """
-    scheme, rest = _parts(source)
+    scheme, rest = parse_source(source)
     if scheme:
         return LOCATORS[scheme](rest) if scheme in LOCATORS else None
     return Path(rest) if os.path.isfile(rest) else None
 
 
-def _parts(source: str) -> tuple[str, str]:
-    """Scheme and rest; an empty scheme means that the rest is a path."""
+def parse_source(source: str) -> tuple[str, str]:
+    """Scheme and rest; an empty scheme means that the rest is a path.
+
+    Raises:
+        UserError: an unknown source.
+    """
     scheme, rest = re.fullmatch(r"([^:@]*):?(.*)", source, re.DOTALL).groups()  # type: ignore[union-attr]
     if scheme in READERS:
         return scheme, rest

@@ -6,28 +6,25 @@ import math
 
 import pytest
 
-from bad_neurons.evaluation import suites
-from bad_neurons.evaluation.scoring import Sides
-from bad_neurons.evaluation.suites import score_items, summarise
+from bad_neurons.evaluation.suites.two_choice import _LETTERS, TwoChoice
 from bad_neurons.models.prompts import tokenize
 from bad_neurons.testing import tiny_tokenizer
 
 LEAD = {"role": "assistant", "content": "I believe the best answer is"}
 
 
+MEASURES = ("opinion_shift", "match_rate", "match_rate_letter", "letter_bias")
+summarise = TwoChoice().summarise
+
+
 @pytest.fixture
-def score(monkeypatch):
+def score():
     """``score(records, log_prob)``: items under a model that gives ``log_prob(last turns' text, answer)``, and the requests."""
 
-    def scored(records, log_prob):
-        asked = []
-
-        def fake(view, tokenizer, requests, edit, what):
-            asked.extend(requests)
-            return Sides([log_prob("|".join(turn["content"] for turn in r.turns), r.answer) for r in requests], None)
-
-        monkeypatch.setattr(suites, "answer_log_probs", fake)
-        return score_items(None, None, records, "suite").before, asked
+    def scored(records, log_prob, suite=TwoChoice()):  # noqa: B008 (it holds nothing that changes)
+        asked = [suite.requests(record) for record in records]
+        given = [[log_prob("|".join(turn["content"] for turn in r.turns), r.answer) for r in requests] for requests in asked]
+        return [suite.row(*both) for both in zip(records, given, strict=True)], [r for requests in asked for r in requests]
 
     return scored
 
@@ -119,7 +116,7 @@ def test_items_without_a_number_are_counted_and_left_out(score, record):
 def test_without_any_number_there_are_no_estimates(score, record):
     found = summarise(score([record("tea")], lambda *_: math.nan)[0])
     assert found["valid"] == 0.0
-    assert [found[m] for m in suites.MEASURES] == [None] * 4
+    assert [found[m] for m in MEASURES] == [None] * 4
 
 
 def test_without_neutral_prompts_there_is_no_shift(score, record):
@@ -159,4 +156,18 @@ def test_answers_stand_for_positions_that_are_not_given(score, record):
 def test_a_letter_has_one_space_in_front():
     turns = [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "I believe the best answer is"}]
     decode = tiny_tokenizer().decode
-    assert [decode(tokenize(tiny_tokenizer(), turns, letter).answer) for letter in suites._LETTERS] == [" (A)", " (B)"]
+    assert [decode(tokenize(tiny_tokenizer(), turns, letter).answer) for letter in _LETTERS] == [" (A)", " (B)"]
+
+
+def test_words_alone(score, record):
+    """Without letters there are half as many requests, and nothing is said about letters."""
+    records = [record("tea"), record("jam", neutral=False)]
+    model = by_opinion({"tea": 2.0, "jam": -1.5})
+    (full, asked), (rows, fewer) = score(records, model), score(records, model, TwoChoice(letters=False))
+    assert fewer == [*asked[:4], *asked[8:10]]
+    assert rows == [{k: v for k, v in row.items() if not k.startswith("letter")} for row in full]
+    found = TwoChoice(letters=False).summarise(rows)
+    assert (found["match_rate_letter"], found["letter_bias"]) == (None, None)
+    assert {k: found[k] for k in ("opinion_shift", "match_rate", "valid")} == {
+        k: summarise(full)[k] for k in ("opinion_shift", "match_rate", "valid")
+    }
