@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bad_neurons.evaluation import side_effects as side_effects_module
-from bad_neurons.evaluation.side_effects import side_effects
+from bad_neurons.evaluation.side_effects import CleanStates, side_effects
 from bad_neurons.models.view import view_decoder
 from bad_neurons.tuning.edits import NeuronDelta
 
@@ -83,3 +83,28 @@ def test_without_an_edit_there_is_only_before(edited):
     with delta.disabled():
         found = side_effects(view, lm.tokenizer, TEXTS)
     assert found == pytest.approx({"tokens": expected["tokens"], "perplexity_before": expected["perplexity_before"]}, rel=1e-4)
+
+
+@pytest.mark.parametrize("first", ["edited", "clean"])
+def test_clean_states_are_kept_between_calls(edited, family, first, monkeypatch):
+    """Two edits of one model: with the states of the first call the second runs one side, to the same numbers bit for bit."""
+    lm, view, delta = edited(family, 1.0)
+    kept, whole = CleanStates(), []
+    options = {"max_length": 20, "max_tokens": 64}
+    original = side_effects_module.before_and_after
+    monkeypatch.setattr(side_effects_module, "before_and_after", lambda *a: whole.append(a[3]) or original(*a))
+    if first == "edited":
+        assert side_effects(view, lm.tokenizer, TEXTS, delta, **options, clean=kept)["kl_per_token"] > 1e-3
+    else:
+        with delta.disabled():
+            assert "kl_per_token" not in side_effects(view, lm.tokenizer, TEXTS, **options, clean=kept)
+    batches = len(whole)
+    assert batches == len(kept.final) > 1
+
+    delta.restore({name: 0.5 * value for name, value in delta.deltas().items()})
+    found = side_effects(view, lm.tokenizer, TEXTS, delta, **options, clean=kept)
+    assert len(whole) == batches
+    assert found == side_effects(view, lm.tokenizer, TEXTS, delta, **options)
+    assert len(whole) == 2 * batches
+    side_effects(view, lm.tokenizer, TEXTS[:1], delta, **options, clean=kept)  # other texts are read anew
+    assert len(whole) == 2 * batches + 1

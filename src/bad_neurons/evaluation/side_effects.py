@@ -7,17 +7,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from bad_neurons.batching import batches_by_length, pack_sequences
+from bad_neurons.batching import Rows, batches_by_length, pack_sequences
 from bad_neurons.models.head import ROWS, Logits
-from bad_neurons.models.passes import Switch, before_and_after
+from bad_neurons.models.passes import Switch, before_and_after, final_hidden
 from bad_neurons.models.prompts import tokenize_text
 from bad_neurons.models.view import DecoderView
+
+
+@dataclass
+class CleanStates:
+    """What one clean model makes of the texts, kept between calls that measure many edits of it on the same texts.
+
+    Attributes:
+        final: final hidden states [N, d] of each batch, by the token ids of its rows.
+    """
+
+    final: dict[tuple[tuple[int, ...], ...], Tensor] = field(default_factory=dict)
+
+    def both_sides(self, view: DecoderView, rows: Rows, at: Tensor, edit: Switch | None) -> tuple[Tensor, Tensor]:
+        """Final hidden states [N, d] at flat places ``at`` [N] of ``rows``, without and with ``edit``."""
+        key = tuple(tuple(ids[:n]) for ids, n in zip(rows.input_ids.tolist(), rows.attention_mask.sum(1).tolist(), strict=True))
+        if edit is not None and key in self.final:
+            return self.final[key], final_hidden(view, rows, at)
+        before, after = before_and_after(view, rows, at, edit)
+        self.final[key] = before
+        return before, after
 
 
 def side_effects(
@@ -27,6 +48,7 @@ def side_effects(
     edit: Switch | None = None,
     max_length: int = 256,
     max_tokens: int = 2048,
+    clean: CleanStates | None = None,
 ) -> dict[str, float]:
     """KL(clean || edited) per token in nats, and the perplexity of both, over running text.
 
@@ -37,6 +59,7 @@ def side_effects(
         edit: the edit that is on; None where there is none.
         max_length: tokens of a paragraph that are read.
         max_tokens: tokens of one batch after padding.
+        clean: is filled by the first call; in later ones only the model with its edit on runs. One object for one model.
     """
     sequences = [s for text in texts if len(s := tokenize_text(tokenizer, text)[:max_length]) > 1]
     sums = torch.zeros(3, dtype=torch.float64)  # KL, negative log-likelihood before and after
@@ -46,7 +69,7 @@ def side_effects(
         rows = pack_sequences([sequences[i] for i in batch]).to(view.device)
         ids, mask = rows.input_ids.flatten(), rows.attention_mask.flatten()
         at = (mask[:-1] * rows.positions.flatten()[1:]).nonzero().squeeze(-1)  # what another token of the same row follows
-        before, after = before_and_after(view, rows, at, edit)
+        before, after = (clean or CleanStates()).both_sides(view, rows, at, edit)
         sums += _sums(view, before, after, ids[at + 1])
         count += len(at)
     kl, nll_before, nll_after = (float(s) / count for s in sums)
