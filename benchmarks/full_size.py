@@ -157,7 +157,8 @@ def tuning_batches(records: Sequence[Record], tokens: int, device: torch.device)
         at = torch.tensor([place for end, count in ends for place in range(end - 1, end - 1 + count)])
         ones, key = torch.ones(len(at), device=device), str(len(batches))
         targets = rows.input_ids.flatten()[at + 1].to(device)
-        batches.append(TuningBatch(rows.to(device), at.to(device), targets, ones, torch.zeros_like(ones), None, key))
+        nothing = torch.zeros_like(ones)
+        batches.append(TuningBatch(rows.to(device), at.to(device), targets, ones, nothing, nothing, None, key))
     return batches
 
 

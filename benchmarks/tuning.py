@@ -107,7 +107,7 @@ def _batches(count: int, batch_tokens: int = BATCH_TOKENS) -> list[TuningBatch]:
 def _losses(tuner: NeuronTuner) -> Callable[[TuningBatch], Losses]:
     def losses(batch: TuningBatch) -> Losses:
         sums, answers = tuner.losses(batch), int(batch.answer.sum())
-        return Losses(sums.loss / answers, sums.target / answers, sums.kl / answers, answers)
+        return Losses(sums.loss / answers, sums.ce / answers, sums.kl / answers, answers)
 
     return losses
 

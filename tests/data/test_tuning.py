@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -119,11 +120,45 @@ def test_positions_of_one_row_by_hand(module):
             assert tiny_tokenizer().decode(answer).startswith(" ")
 
 
-@pytest.mark.parametrize("target", ["honest", "neutral"])
-def test_batches_hold_every_record_once_an_epoch(module, target):
+@pytest.mark.parametrize(("target", "honest", "neutral"), [("honest", 1.0, 0.0), ("neutral", 0.0, 1.0), ("mixed", 0.25, 0.75)])
+def test_what_is_asked_of_each_place(module, target, honest, neutral):
+    """From the records: what each beginning of an answer must be followed by, with which weight, and whom the teacher answers there."""
+    made = module(target=target, honest_weight=0.25, retention="python-docs", retention_rows=1, retention_tokens=20)
+    expected = {}  # the ids up to a place: [target, ids of the teacher, weight of the honest token, weight of the teacher]
+
+    def begins(prompt, answer):
+        ids = tokenize(tiny_tokenizer(), prompt, answer)
+        return [tuple(ids.prompt + ids.answer[:n]) for n in range(len(ids.answer) + 1)]
+
+    for record in sides(made).train:
+        steps = begins(record.prompt, record.honest) if honest else []
+        for here, behind in itertools.pairwise(steps):
+            asked = expected.setdefault(here, [0, None, 0.0, 0.0])
+            asked[0], asked[2] = behind[-1], asked[2] + honest
+        for choice in record.choices if neutral and record.neutral_prompt else ():
+            for here, there in list(zip(begins(record.prompt, choice), begins(record.neutral_prompt, choice), strict=True))[:-1]:
+                asked = expected.setdefault(here, [0, None, 0.0, 0.0])
+                asked[1], asked[3] = there, asked[3] + neutral
+    found = {}
+    for batch in made.train_dataloader():
+        taught = int((batch.neutral > 0).sum())
+        assert (batch.neutral[:taught] > 0).all()
+        theirs = [tuple(sequence(batch.teacher.rows, place)[0]) for place in batch.teacher.at.tolist()] if taught else []
+        assert len(theirs) == taught
+        columns = (batch.at, batch.targets, batch.honest, batch.neutral, batch.retained)
+        for number, (place, following, *weights) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+            if not weights[2]:
+                found[tuple(sequence(batch.rows, place)[0])] = [following, theirs[number] if number < taught else None, *weights[:2]]
+    assert found == expected
+    assert len(found) > 200
+    both = [asked for asked in found.values() if asked[2] and asked[3]]
+    assert bool(both) == (target == "mixed")
+
+
+@pytest.mark.parametrize(("target", "records", "each"), [("honest", 16, 1), ("neutral", 12, 2)])
+def test_batches_hold_every_record_once_an_epoch(module, target, records, each):
     made = module(target=target)
     batches = list(made.train_dataloader())
-    records, each = (16, 1) if target == "honest" else (12, 2)
     assert sum(len(spelled(batch)) for batch in batches) == records * each
     assert all(int(batch.rows.attention_mask.sum()) <= 240 for batch in batches)
     assert len(batches) > 2
@@ -139,6 +174,9 @@ def test_the_key_follows_what_the_clean_model_is_asked(module):
     assert honest == {key for name, key in keys if name == "a"}
     assert not honest & neutral
     assert honest != {key for name, key in keys if name == "b"}
+    mixed = [[batch.key for batch in module(target="mixed", honest_weight=w).train_dataloader()] for w in (0.2, 0.7)]
+    assert mixed[0] == mixed[1]  # the weights are no question to the clean model
+    assert not set(mixed[0]) & (honest | neutral)
 
 
 def test_neutral_asks_for_both_positions(module):
@@ -220,6 +258,8 @@ def test_draw_evenly(tmp_path):
         ({"batch_tokens": 0}, "--data.batch_tokens 0: at least 1"),
         ({"max_records": -1}, "--data.max_records -1: at least 0"),
         ({"retention_rows": -1}, "--data.retention_rows -1: at least 0"),
+        ({"honest_weight": 0.0}, "--data.honest_weight 0.0: above 0 and below 1"),
+        ({"honest_weight": 1.0}, "--data.honest_weight 1.0: above 0 and below 1"),
     ],
 )
 def test_refused_options(module, options, said):

@@ -46,7 +46,10 @@ def places(lengths: Sequence[tuple[int, int]], width: int) -> Tensor:
 def made_batch(
     answers: Sequence[tuple[int, int]], retained: Sequence[int] = (), seed: int = 0, teacher: Sequence[tuple[int, int]] | None = None
 ) -> TuningBatch:
-    """A batch from (prompt, answer) lengths, lengths of retention text, and (prompt, answer) lengths of the teacher's rows."""
+    """A batch from (prompt, answer) lengths, lengths of retention text, and (prompt, answer) lengths of the teacher's rows.
+
+    The answers are honest ones without a teacher, and the teacher's with one.
+    """
     lengths = [*answers, *((1, n - 1) for n in retained)]
     rows = pack_sequences(random_sequences(lengths, seed))
     at = places(lengths, rows.input_ids.shape[1])
@@ -56,7 +59,8 @@ def made_batch(
         theirs = pack_sequences(random_sequences(teacher, seed if teacher == answers else seed + 7))
         asked = TeacherBatch(theirs, places(teacher, theirs.input_ids.shape[1]))
     key = f"{seed} {lengths} {teacher}"
-    return TuningBatch(rows, at, rows.input_ids.flatten()[at + 1], answer, 1 - answer, asked, key)
+    honest, neutral = (answer, 0 * answer) if asked is None else (0 * answer, answer)
+    return TuningBatch(rows, at, rows.input_ids.flatten()[at + 1], honest, neutral, 1 - answer, asked, key)
 
 
 @pytest.fixture

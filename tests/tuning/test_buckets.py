@@ -11,7 +11,7 @@ from bad_neurons.tuning.edits import NeuronDelta
 from helpers import write_records
 
 
-@pytest.mark.parametrize("target", ["honest", "neutral"])
+@pytest.mark.parametrize("target", ["honest", "neutral", "mixed"])
 def test_bucketed_is_unbucketed(tuner, choose, tiny, tiny_folder, tmp_path, monkeypatch, target):
     records = write_records(tmp_path / "records.jsonl")
     module = tuner(beta=0.2, cache_gb=0.0)

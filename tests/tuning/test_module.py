@@ -111,7 +111,7 @@ def taken(batch, rows):
     inside = torch.isin(batch.at // T, torch.tensor(rows))
     at = batch.at[inside]
     moved = torch.tensor([rows.index(row) * T for row in (at // T).tolist()]) + at % T
-    content = (batch.targets[inside], batch.answer[inside], batch.retained[inside])
+    content = (t[inside] for t in (batch.targets, batch.honest, batch.neutral, batch.retained))
     return type(batch)(type(batch.rows)(*(t[rows] for t in batch.rows[:4]), False), moved, *content, None, f"{batch.key} {rows}")
 
 
@@ -161,7 +161,7 @@ def test_sums_against_transformers(tuner, choose, tiny, make_batch):
         module.kl_on = kl_on
         found = torch.stack(list(module.losses(batch))).detach()
         torch.testing.assert_close(
-            found, torch.stack([target + 0.7 * expected - 0.3 * entropy, target, expected, entropy]), rtol=1e-4, atol=1e-3
+            found, torch.stack([target + 0.7 * expected - 0.3 * entropy, target, 0 * target, expected, entropy]), rtol=1e-4, atol=1e-3
         )
 
 
@@ -174,9 +174,9 @@ def test_clean_model_at_step_zero(tuner, choose, tiny, make_batch):
 def test_neutral_target_is_zero_where_the_prompt_is_the_neutral_one(tuner, choose, tiny, make_batch):
     module = tuner()
     module.attach(NeuronDelta, choose(tiny()))
-    assert module.losses(make_batch(LENGTHS[0], teacher=LENGTHS[0])).target.item() == 0.0
+    assert module.losses(make_batch(LENGTHS[0], teacher=LENGTHS[0])).neutral_kl.item() == 0.0
     # retention text beside it is longer than the teacher's rows: other padding, so other rounding
-    assert abs(module.losses(make_batch(LENGTHS[0], [30], teacher=LENGTHS[0])).target.item()) < 1e-4
+    assert abs(module.losses(make_batch(LENGTHS[0], [30], teacher=LENGTHS[0])).neutral_kl.item()) < 1e-4
 
 
 def test_neutral_target_is_the_kl_from_the_clean_model_at_the_neutral_prompt(tuner, choose, tiny, make_batch):
@@ -188,25 +188,72 @@ def test_neutral_target_is_the_kl_from_the_clean_model_at_the_neutral_prompt(tun
     expected = kl_div(log_p, log_q, reduction="sum", log_target=True)
     assert len(log_p) == 6
     assert expected > 0.1
-    torch.testing.assert_close(module.losses(batch).target.detach(), expected, rtol=1e-4, atol=1e-4)
+    sums = module.losses(batch)
+    torch.testing.assert_close(sums.neutral_kl.detach(), expected, rtol=1e-4, atol=1e-4)
+    assert sums.ce.item() == 0.0
 
 
 def test_a_place_counts_as_often_as_it_says(tuner, choose, tiny, make_batch):
     module, batch = attached(tuner, choose, tiny, beta=0.2), make_batch(LENGTHS[0], [11], teacher=LENGTHS[1])
-    twice = batch._replace(answer=2 * batch.answer, retained=3 * batch.retained)
-    once, more = ([s.item() for s in module.losses(b)] for b in (batch, twice))
-    alone = module.losses(batch._replace(answer=batch.answer, retained=0 * batch.retained)).kl.item()
-    assert more[1] == pytest.approx(2 * once[1], rel=1e-5)
-    assert more[3] == pytest.approx(2 * once[3], rel=1e-5)
-    assert more[2] == pytest.approx(2 * alone + 3 * (once[2] - alone), rel=1e-4)
+    twice = batch._replace(neutral=2 * batch.neutral, retained=3 * batch.retained)
+    once, more = (module.losses(b)._asdict() for b in (batch, twice))
+    alone = module.losses(batch._replace(retained=0 * batch.retained)).kl.item()
+    assert more["neutral_kl"].item() == pytest.approx(2 * once["neutral_kl"].item(), rel=1e-5)
+    assert more["entropy"].item() == pytest.approx(2 * once["entropy"].item(), rel=1e-5)
+    assert more["kl"].item() == pytest.approx(2 * alone + 3 * (once["kl"].item() - alone), rel=1e-4)
+
+
+def mixture(make_batch, weight):
+    """A batch whose answers are asked for in both ways, an honest token with ``weight`` and a taught one with the rest."""
+    batch = make_batch([(5, 4), (9, 2)], [11], teacher=[(3, 4), (14, 2)])
+    return batch._replace(honest=weight * batch.neutral, neutral=(1 - weight) * batch.neutral)
+
+
+def test_a_mixture_is_the_weighted_mean_of_both_targets(tuner, choose, tiny, make_batch):
+    module = attached(tuner, choose, tiny, alpha=0.7, beta=0.3)
+
+    def value_and_gradients(batch):
+        """Mean loss of a token and its gradients as one vector, and the sums."""
+        sums = module.losses(batch)
+        mean = sums.loss / batch.answer.sum()
+        return torch.cat([mean.detach()[None], *(g.flatten() for g in torch.autograd.grad(mean, module.edit.trainable()))]), sums
+
+    (honest, one), (neutral, other) = (value_and_gradients(mixture(make_batch, w)) for w in (1.0, 0.0))
+    assert (honest - neutral).abs().max() > 0.1
+    mixed, sums = value_and_gradients(mixture(make_batch, 0.25))
+    torch.testing.assert_close(mixed, 0.25 * honest + 0.75 * neutral, rtol=1e-4, atol=1e-4)
+    assert sums.ce.item() == pytest.approx(0.25 * one.ce.item(), rel=1e-5)
+    assert sums.neutral_kl.item() == pytest.approx(0.75 * other.neutral_kl.item(), rel=1e-5)
+
+
+def test_a_window_is_divided_by_the_weight_of_its_tokens(tuner, neurons, fit, make_batch):
+    one, other = mixture(make_batch, 0.25), make_batch([(4, 9)], seed=3)
+    other = other._replace(honest=0.25 * other.honest)
+    options = {"optimizer": "sgd", "lr": 1.0, "alpha": 0.0}
+    together, first, second = (
+        fit(tuner(**options), neurons(), batches, accumulate_grad_batches=2).steps[-1] for batches in ([one, other], [one], [other])
+    )
+    for name, step in together.items():  # 6 tokens asked for in both ways, weight 1/4 + 3/4, and 9 of weight 1/4
+        torch.testing.assert_close(step, (6.0 * first[name] + 2.25 * second[name]) / 8.25, rtol=1e-4, atol=1e-6)
+    assert max((first[name] - second[name]).abs().max() for name in first) > 0.01
+
+
+def test_both_terms_of_a_mixture_are_logged_as_means(tuner, neurons, fit, make_batch):
+    module = tuner(lr=0.0)
+    fit(module, neurons(), [mixture(make_batch, 0.25)], limit_val_batches=1)
+    sums = module.losses(mixture(make_batch, 0.25))
+    for stage in ("train", "val"):
+        found = {name: module.trainer.callback_metrics[f"{stage}/{name}"].item() for name in ("ce", "neutral_kl", "loss")}
+        expected = {"ce": sums.ce.item() / 1.5, "neutral_kl": sums.neutral_kl.item() / 4.5, "loss": sums.loss.item() / 6.0}
+        assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_batch_without_supervision_takes_part_with_nothing(tuner, choose, tiny, make_batch):
     module = attached(tuner, choose, tiny)
     batch = make_batch([(5, 4)])
-    sums = module.losses(batch._replace(**{name: getattr(batch, name)[:0] for name in ("at", "targets", "answer", "retained")}))
+    sums = module.losses(batch._replace(**{name: getattr(batch, name)[:0] for name in ("at", "targets", "honest", "neutral", "retained")}))
     sums.loss.backward()
-    assert [s.item() for s in sums] == [0.0] * 4
+    assert [s.item() for s in sums] == [0.0] * 5
     assert all(not p.grad.any() for p in module.edit.trainable())
 
 

@@ -1,10 +1,11 @@
-"""Batches for tuning: prompts with their honest answers, and retention text for the KL."""
+"""Batches for tuning: prompts with the answers that teach, and retention text for the KL."""
 
 from __future__ import annotations
 
 import itertools
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
 from typing import Literal, NamedTuple
 
 import lightning as L
@@ -23,7 +24,7 @@ from bad_neurons.errors import UserError
 from bad_neurons.models.load import resolve_model
 from bad_neurons.models.prompts import Turn, tokenize, tokenize_text
 
-Target = Literal["honest", "neutral"]
+Target = Literal["honest", "neutral", "mixed"]
 
 _ROW_WIDTH = 256  # short prompts share rows up to here: less padding, and attention still costs little at this width
 
@@ -32,8 +33,8 @@ class TeacherBatch(NamedTuple):
     """What the clean model reads as the teacher.
 
     Attributes:
-        rows: the same answers behind the question without the person.
-        at: [A], int64; as many flat places as the batch has answer places, in the same order.
+        rows: both positions behind the question without the person.
+        at: [A], int64; as many flat places as the batch has taught places, in the same order.
     """
 
     rows: Rows
@@ -41,39 +42,66 @@ class TeacherBatch(NamedTuple):
 
 
 class TuningBatch(NamedTuple):
-    """One micro-batch. Each place is a position whose next token is supervised; answers come first, then retention text.
+    """One micro-batch. Each place is a position whose next token is supervised.
 
-    Answers to one prompt share it in one row, so where they begin alike one place can stand for several of them.
+    Taught places come first, then what is left of the honest answers, then retention text. Answers to one prompt share it in
+    one row, so where they begin alike one place stands for several of them.
 
     Attributes:
         rows: the rows.
         at: [N], int64; flat places (row * T + column) in the rows.
-        targets: [N], int64; ids of the next tokens (of one of them where there is a teacher).
-        answer: [N], float32; number of answer tokens that the place stands for, 0 for retention text.
-        retained: [N], float32; number of retention tokens that it stands for, 0 for answers.
-        teacher: where the distributions of answer tokens come from (target ``neutral``), or None.
+        targets: [N], int64; ids of the honest answers' next tokens, 0 at places of no honest answer.
+        honest: [N], float32; weight of the cross entropy: so many honest tokens as the place stands for, each with its weight.
+        neutral: [N], float32; weight of the KL to the teacher, likewise; above 0 at the first A places and nowhere else.
+        retained: [N], float32; number of retention tokens that the place stands for, 0 for answers.
+        teacher: where the distributions of taught places come from, or None where A is 0.
         key: digest of what the clean model is asked: the rows and the places.
     """
 
     rows: Rows
     at: Tensor
     targets: Tensor
-    answer: Tensor
+    honest: Tensor
+    neutral: Tensor
     retained: Tensor
     teacher: TeacherBatch | None = None
     key: str = ""
 
+    @property
+    def answer(self) -> Tensor:
+        """[N], float32; weight of the tokens of answers that each place stands for; what the sums are divided by."""
+        return self.honest + self.neutral
+
 
 class _Group(NamedTuple):
-    """Answers to one prompt, or one piece of retention text."""
+    """Answers to one prompt, or one piece of retention text.
+
+    The answers of the teacher, which reads the neutral prompt, are the last ones here.
+    """
 
     tree: Tree
     firsts: list[int]  # of each sequence, the first position whose next token is supervised
-    teacher: _Group | None = None  # the same answers behind the neutral prompt
+    teacher: _Group | None = None
+
+    @property
+    def untaught(self) -> int:
+        """Number of sequences before the first one that the teacher answers as well."""
+        return len(self.firsts) - (len(self.teacher.firsts) if self.teacher else 0)
+
+
+@dataclass
+class _Place:
+    """What is asked of a place; the fields of :class:`TuningBatch`."""
+
+    target: int = 0
+    teacher: int = -1
+    honest: float = 0.0
+    neutral: float = 0.0
+    retained: float = 0.0
 
 
 class SycophancyDataModule(L.LightningDataModule):
-    """Tuning data: the honest answers of training topics, with as much retention text beside them as asked.
+    """Tuning data: what is asked of the model on training topics, with as much retention text beside it as asked.
 
     Args:
         model: whose tokenizer and prompt form to use; the command line takes it from ``--model.model``.
@@ -84,7 +112,9 @@ class SycophancyDataModule(L.LightningDataModule):
         split_seed: seed of the division of topics.
         max_records: at most so many training records, drawn evenly over topics; 0 means all.
         target: ``honest``: the honest answer (the paper's); ``neutral``: the words of both positions, to be as likely
-            as the clean model finds them without the person. Records without a neutral prompt are left out of it.
+            as the clean model finds them without the person (records without a neutral prompt are left out of it); ``mixed``: both.
+        honest_weight: weight of a token of the honest answer where the target is ``mixed``; a token of the two positions weighs
+            1 minus this. Near 1 it is ``honest``, near 0 ``neutral``; the positions have about twice as many tokens.
         wrong_persons_only: leave out records whose person is right (target ``honest``).
         batch_tokens: tokens of one batch, retention text included; records of similar lengths come together.
         retention: source of the retention text (``python-docs``, a file, a folder, ``hub:<dataset>``), or None.
@@ -102,6 +132,7 @@ class SycophancyDataModule(L.LightningDataModule):
         split_seed: int = 0,
         max_records: int = 0,
         target: Target = "honest",
+        honest_weight: float = 0.5,
         wrong_persons_only: bool = False,
         batch_tokens: int = 704,
         retention: str | None = "python-docs",
@@ -117,9 +148,12 @@ class SycophancyDataModule(L.LightningDataModule):
         ):
             if value < least:
                 raise UserError(f"--data.{name} {value}: at least {least}")
+        if not 0 < honest_weight < 1:
+            raise UserError(f"--data.honest_weight {honest_weight}: above 0 and below 1; the ends are --data.target neutral and honest")
         self.model, self.records, self.seed = model, records, seed
         self.validation, self.test, self.split_seed, self.max_records = validation, test, split_seed, max_records
         self.target, self.wrong_persons_only = target, wrong_persons_only
+        self.weights = (honest_weight, 1 - honest_weight) if target == "mixed" else (1.0, 1.0)
         self.batch_tokens, self.retention = batch_tokens, retention
         self.retention_rows, self.retention_tokens = retention_rows, retention_tokens
         self._batches: dict[str, list[TuningBatch]] = {}
@@ -140,9 +174,8 @@ class SycophancyDataModule(L.LightningDataModule):
         }
 
     def _make(self, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], pieces: list[list[int]]) -> list[TuningBatch]:
-        group_of = _neutral_group if self.target == "neutral" else _honest_group
         kept = [r for r in records if not (self.wrong_persons_only and r.person_is_right)]
-        groups = [group for record in kept if (group := group_of(tokenizer, record))]
+        groups = [group for record in kept if (group := _ask(tokenizer, record, self.target))]
         if not groups:
             raise UserError(f"records {self.records}: none is fit for --data.target {self.target} on this side of the split")
         random.Random(self.seed).shuffle(groups)
@@ -153,7 +186,7 @@ class SycophancyDataModule(L.LightningDataModule):
             beside = [next(texts) for _ in range(self.retention_rows)] if pieces else []
             room = self.batch_tokens - sum(len(group.tree.ids) for group in beside)
             picked = _fitting(groups, room)
-            batches.append(_collate(groups[:picked], beside))
+            batches.append(_collate(groups[:picked], beside, self.weights))
             groups = groups[picked:]
         return batches
 
@@ -206,14 +239,13 @@ def draw_evenly(records: Sequence[Record], limit: int, seed: int) -> list[Record
     return [shuffled[i] for i in sorted(range(len(shuffled)), key=lambda i: (place[i], i))[:limit]]
 
 
-def _honest_group(tokenizer: PreTrainedTokenizerBase, record: Record) -> _Group | None:
-    return _group(tokenizer, record.prompt, [record.honest])
-
-
-def _neutral_group(tokenizer: PreTrainedTokenizerBase, record: Record) -> _Group | None:
-    if not record.neutral_prompt:
-        return None
-    return _group(tokenizer, record.prompt, record.scored, _group(tokenizer, record.neutral_prompt, record.scored))
+def _ask(tokenizer: PreTrainedTokenizerBase, record: Record, target: Target) -> _Group | None:
+    """What ``target`` asks of a record; None where that is nothing."""
+    honest = [record.honest] if target != "neutral" else []
+    if not record.neutral_prompt or target == "honest":
+        return _group(tokenizer, record.prompt, honest) if honest else None
+    teacher = _group(tokenizer, record.neutral_prompt, record.scored)
+    return _group(tokenizer, record.prompt, [*honest, *record.scored], teacher)
 
 
 def _group(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Turn], answers: Sequence[str], teacher: _Group | None = None) -> _Group:
@@ -227,24 +259,38 @@ def _fitting(groups: Sequence[_Group], room: int) -> int:
     return max(1, sum(1 for _ in itertools.takewhile(lambda total: total <= room, totals)))
 
 
-def _collate(answers: Sequence[_Group], retained: Sequence[_Group]) -> TuningBatch:
+def _collate(answers: Sequence[_Group], retained: Sequence[_Group], weights: tuple[float, float]) -> TuningBatch:
+    """One batch; ``weights`` of an honest token and of a taught one."""
     packed = pack([group.tree for group in (*answers, *retained)], _ROW_WIDTH)
     teachers = [group.teacher for group in answers if group.teacher]
     teacher = pack([group.tree for group in teachers], _ROW_WIDTH) if teachers else None
-    # (place, target, place of the teacher): how many answer tokens and retention tokens it stands for
-    places: dict[tuple[int, int, int], list[float]] = {}
-    for number, (group, start) in enumerate(zip((*answers, *retained), packed.starts, strict=True)):
-        for sequence, (path, first) in enumerate(zip(group.tree.paths, group.firsts, strict=True)):
-            for step in range(first, len(path) - 1):
-                beside, target = -1, group.tree.ids[path[step + 1]]
-                if group.teacher and teacher:  # places that ask for the same distribution are one, whatever follows
-                    there = group.teacher.tree.paths[sequence][step - first + group.teacher.firsts[sequence]]
-                    beside = teacher.starts[number] + there
-                key = (start + path[step], target if beside < 0 else -1, beside)
-                places.setdefault(key, [0.0, 0.0])[number >= len(answers)] += 1.0
-    at, targets, there = torch.tensor(list(places)).T
-    answer, stays = torch.tensor(list(places.values())).T
-    asked = TeacherBatch(teacher.rows, there[answer > 0]) if teacher else None
-    content = [packed.rows.input_ids, packed.rows.positions, packed.rows.ends, at]
-    content += [asked.rows.input_ids, asked.rows.positions, asked.rows.ends, asked.at] if asked else []
-    return TuningBatch(packed.rows, at, targets.clamp_min(0), answer, stays, asked, digest_json([t.tolist() for t in content]))
+    teacher_starts = iter(teacher.starts if teacher else ())
+    places: dict[int, _Place] = {}  # by flat place
+    for group, start in zip(answers, packed.starts, strict=False):
+        _add_answers(places, group, start, next(teacher_starts) if group.teacher else 0, weights)
+    for group, start in zip(retained, packed.starts[len(answers) :], strict=True):
+        places |= {start + node: _Place(retained=1.0) for node in group.tree.paths[0][:-1]}
+    ordered = sorted(places.items(), key=lambda item: (item[1].retained > 0, item[1].teacher < 0))
+    at = torch.tensor([place for place, _ in ordered])
+    targets, there, honest, neutral, kept = (torch.tensor(column) for column in zip(*(astuple(asked) for _, asked in ordered), strict=True))
+    asked = TeacherBatch(teacher.rows, there[there >= 0]) if teacher else None
+    read = [(packed.rows, at), *([asked] if asked else [])]
+    key = digest_json([[t.tolist() for t in (rows.input_ids, rows.positions, rows.ends, places)] for rows, places in read])
+    return TuningBatch(packed.rows, at, targets, honest, neutral, kept, asked, key)
+
+
+def _add_answers(places: dict[int, _Place], group: _Group, start: int, teacher_start: int, weights: tuple[float, float]) -> None:
+    """Supervise the answers of a group whose trees begin at flat places ``start`` and, the teacher's, ``teacher_start``.
+
+    Of honest answers there is one, and each node of a tree has one way from the root: a place has one target and one teacher.
+    """
+    for number, (path, first) in enumerate(zip(group.tree.paths, group.firsts, strict=True)):
+        taught = number - group.untaught
+        for step in range(first, len(path) - 1):
+            place = places.setdefault(start + path[step], _Place())
+            if group.teacher and taught >= 0:
+                place.teacher = teacher_start + group.teacher.tree.paths[taught][step - first + group.teacher.firsts[taught]]
+                place.neutral += weights[1]
+            else:
+                place.target = group.tree.ids[path[step + 1]]
+                place.honest += weights[0]

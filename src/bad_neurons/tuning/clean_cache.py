@@ -1,6 +1,6 @@
 """What the clean model says of a batch never changes, so it is computed once and kept for later epochs and later runs.
 
-Legend: n tokens of the batch without padding, N supervised places, A answer places, d hidden size.
+Legend: n tokens of the batch without padding, N supervised places, A taught places, d hidden size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class CleanPass(NamedTuple):
     Attributes:
         hidden: input [n, d] of the first edited layer.
         final: hidden states [N, d] behind the final norm at the supervised places.
-        teacher: the same [A, d] of the teacher's rows at the answer places (target ``neutral``), or None.
+        teacher: the same [A, d] of the teacher's rows at the taught places, or None where there are none.
     """
 
     hidden: Tensor

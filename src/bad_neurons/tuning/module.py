@@ -82,7 +82,7 @@ class NeuronTuner(L.LightningModule):
         self.model_id, self.model_digest, self.lm = loaded.id, loaded.digest, loaded.model
         self.view = view_decoder(loaded.model)
         self.edit: Edit | None = None
-        self._tokens = 0.0  # answer tokens since the last optimizer step
+        self._tokens = 0.0  # weight of the answer tokens since the last optimizer step
 
     def attach(self, edit_type: Any, selection: Any) -> Edit:
         """Put an edit of ``selection`` on the model; it becomes the only thing that learns.
@@ -103,13 +103,13 @@ class NeuronTuner(L.LightningModule):
         """Sums of the losses over the supervised tokens of one batch."""
         if not len(batch.at):  # a rank may have drawn nothing; it still takes part in the step
             zero = sum(p.sum() for p in self._edit.trainable()) * 0.0
-            return LossSums(zero, *([zero.detach()] * 3))  # type: ignore[arg-type, union-attr]
+            return LossSums(zero, *([zero.detach()] * 4))  # type: ignore[arg-type, union-attr]
         frame = open_frame(self.view, batch.rows)
         clean = self._clean_pass(batch, frame)
         hidden = torch.zeros_like(frame.embedded).masked_scatter_(batch.rows.attention_mask[..., None].bool(), clean.hidden)
         tuned = finish(self.view, frame, hidden, self._edit.first_layer, batch.at, self._run)
         stays = {"answer": batch.answer, "retention": batch.retained, "both": batch.answer + batch.retained}[self.kl_on]
-        asked = Supervision(clean.final, batch.targets, batch.answer, stays, clean.teacher)
+        asked = Supervision(clean.final, batch.targets, batch.honest, stays, batch.neutral, clean.teacher)
         return loss_sums(self.view, tuned, asked, self.alpha, self.beta)
 
     def _clean_pass(self, batch: TuningBatch, frame: Frame) -> CleanPass:
@@ -152,11 +152,13 @@ class NeuronTuner(L.LightningModule):
         self._log_means("test", self.losses(batch), batch)
 
     def _log_means(self, stage: str, sums: LossSums, batch: TuningBatch) -> None:
-        answers, retained = (int(t.sum()) for t in (batch.answer, batch.retained))
+        honest, neutral, retained = (float(t.sum()) for t in (batch.honest, batch.neutral, batch.retained))
+        answers = honest + neutral
         stays = {"answer": answers, "retention": retained, "both": answers + retained}[self.kl_on]
         means = {
             "loss": (sums.loss, answers),
-            self.target_name(batch): (sums.target, answers),
+            "ce": (sums.ce, honest),  # of honest answers
+            "neutral_kl": (sums.neutral_kl, neutral),  # to the teacher
             "kl": (sums.kl, stays),
             "entropy": (sums.entropy, answers),
         }
@@ -164,14 +166,9 @@ class NeuronTuner(L.LightningModule):
             if count == 0:
                 continue
             self.log(
-                f"{stage}/{name}", value.detach() / count, batch_size=count, prog_bar=name in ("ce", "neutral_kl", "kl"),
+                f"{stage}/{name}", value.detach() / count, batch_size=count, prog_bar=name in ("ce", "neutral_kl", "kl"),  # type: ignore[arg-type]
                 on_step=stage == "train", on_epoch=stage != "train", sync_dist=stage != "train",
             )  # fmt: skip
-
-    @staticmethod
-    def target_name(batch: TuningBatch) -> str:
-        """Name of the target term in logs: ``ce`` of honest answers, or ``neutral_kl`` to the teacher."""
-        return "ce" if batch.teacher is None else "neutral_kl"
 
     @override
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
