@@ -15,12 +15,14 @@ import torch
 
 from bad_neurons.models.load import LanguageModel, load_model
 from bad_neurons.models.view import view_decoder
-from bad_neurons.selection.neurons import NeuronSelection
+from bad_neurons.selection.axes import units
+from bad_neurons.selection.neurons import Axis, NeuronSelection
 from bad_neurons.testing import FAMILIES, save_tiny_model
 
 torch.set_num_threads(1)  # tiny models: threads only get in each other's way, and sums in one order are the same bits
 
-CHOSEN = {1: [0, 5, 15], 3: [2]}  # indices that both axes of a tiny model (d 16, m 24) have
+CHOSEN = {1: [0, 5, 15], 3: [2]}  # indices that both axes of a tiny model's MLP (d 16, m 24) have
+HEADS = {1: [0, 1], 3: [1]}  # of its two heads of size 8
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -62,10 +64,10 @@ def family(request: pytest.FixtureRequest) -> str:
 def choose() -> Callable[..., NeuronSelection]:
     """``choose(lm, axis, layers)``: a selection of neurons of a tiny model."""
 
-    def chosen(lm: LanguageModel, axis: str = "residual", layers: dict[int, list[int]] = CHOSEN) -> NeuronSelection:
+    def chosen(lm: LanguageModel, axis: Axis = "residual", layers: dict[int, list[int]] | None = None) -> NeuronSelection:
+        layers = layers or (HEADS if axis == "heads" else CHOSEN)
         view = view_decoder(lm.model)
-        size = view.d_model if axis == "residual" else view.d_mlp
-        return NeuronSelection(axis, layers, size, list(range(4)), lm.id, lm.digest, {"name": "by hand"})  # type: ignore[arg-type]
+        return NeuronSelection(axis, layers, units(view, axis), list(range(4)), lm.id, lm.digest, {"name": "by hand"})
 
     return chosen
 

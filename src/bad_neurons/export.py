@@ -41,6 +41,8 @@ def export(model: str, delta: str, out: str, dtype: Literal["float32", "bfloat16
 
 
 def _model_card(model: str, delta: str, selection: NeuronSelection, dtype: str) -> str:
+    kind = "attention heads" if selection.axis == "heads" else "neurons"
+    owners = "attention heads" if selection.axis == "heads" else "MLP neurons"
     rows = "\n".join(f"| {layer} | {len(indices)} |" for layer, indices in selection.layers.items())
     return f"""---
 base_model: {model.removeprefix("packaged:")}
@@ -48,14 +50,14 @@ library_name: transformers
 tags: [bad-neurons]
 ---
 
-# {model}, {selection.count} neurons retrained
+# {model}, {selection.count} {kind} retrained
 
-Made by [bad-neurons](https://arxiv.org/abs/2601.18939): of the base model's MLP neurons, {selection.count}
+Made by [bad-neurons](https://arxiv.org/abs/2601.18939): of the base model's {owners}, {selection.count}
 ({100 * selection.share:.2f} % of the {len(selection.candidates)} layers searched; axis `{selection.axis}`, rule
 `{selection.rule.get("name")}`, amount {selection.rule.get("amount")}) were retrained against an unwanted behaviour, and merged into the
 weights. Everything else is the base model's, bit for bit up to the saved dtype ({dtype}).
 
-| layer | neurons changed |
+| layer | {kind} changed |
 | --- | --- |
 {rows}
 

@@ -18,7 +18,7 @@ def logits(model, ids):
         return model(input_ids=ids).logits
 
 
-@pytest.fixture(params=["residual", "intermediate"])
+@pytest.fixture(params=["residual", "intermediate", "heads"])
 def saved(request, tiny, choose, tmp_path):
     """A file with random deltas of the tiny Gemma 2, and the deltas."""
     lm = tiny()
@@ -54,9 +54,9 @@ def test_merging_touches_the_chosen_weights_alone(saved, tiny):
     merge_delta(after, path)
     for name, weight in after.state_dict().items():
         change = (weight - before[name]).count_nonzero()
-        short = name.removeprefix("model.").replace("mlp.", "").removesuffix(".weight")
+        short = name.removeprefix("model.").replace("mlp.", "").replace("self_attn.", "").removesuffix(".weight")
         assert change == (deltas[short].numel() if short in deltas else 0), name
-    assert selection.count == 4
+    assert selection.count == (3 if selection.axis == "heads" else 4)
 
 
 def test_a_live_delta_comes_off(saved, tiny, ids):
@@ -106,10 +106,11 @@ def test_a_truncated_file_is_refused(saved, tiny, use, size):
 @pytest.mark.parametrize("change", ["missing", "extra", "shape"])
 def test_tensors_that_do_not_fit_the_list_are_refused(saved, tiny, ids, use, change):
     path, selection, deltas = saved
+    matrix = "o_proj" if selection.axis == "heads" else "down_proj"
     if change == "missing":
-        del deltas["layers.3.down_proj"]
+        del deltas[f"layers.3.{matrix}"]
     else:
-        deltas["layers.3.down_proj" if change == "shape" else "layers.2.down_proj"] = torch.ones(2, 3)
+        deltas[f"layers.{3 if change == 'shape' else 2}.{matrix}"] = torch.ones(2, 3)
     write_delta(path, selection, deltas)
     model = tiny().model
     before = logits(model, ids)

@@ -9,17 +9,22 @@ import torch
 
 from bad_neurons.errors import UserError
 from bad_neurons.models.view import view_decoder
-from bad_neurons.tuning.edits import EDITS, MaskedMatrices, NeuronDelta, check_fits, owns_rows
+from bad_neurons.selection.axes import PARTS, owned
+from bad_neurons.tuning.edits import EDITS, MaskedMatrices, NeuronDelta, check_fits
 
-MODES, AXES = ["delta", "hook"], ["residual", "intermediate"]
+MODES, AXES = ["delta", "hook"], ["residual", "intermediate", "heads"]
 
-# By hand for d 16, m 24 and the neurons {1: [0, 5, 15], 3: [2]} of conftest.
+# By hand for d 16, m 24, two heads of size 8, and the neurons {1: [0, 5, 15], 3: [2]} and heads {1: [0, 1], 3: [1]} of conftest.
 SHAPES = {
     "residual": {"gate_proj": lambda k: (24, k), "up_proj": lambda k: (24, k), "down_proj": lambda k: (k, 24)},
     "intermediate": {"gate_proj": lambda k: (k, 16), "up_proj": lambda k: (k, 16), "down_proj": lambda k: (16, k)},
+    "heads": {"q_proj": lambda k: (k, 16), "o_proj": lambda k: (16, k)},
 }
-FULL = {"gate_proj": (24, 16), "up_proj": (24, 16), "down_proj": (16, 24)}
-COUNTS = {1: 3, 3: 1}
+FULL = {
+    "mlp.gate_proj": (24, 16), "mlp.up_proj": (24, 16), "mlp.down_proj": (16, 24),
+    "self_attn.q_proj": (16, 16), "self_attn.o_proj": (16, 16),
+}  # fmt: skip
+COUNTS = {"residual": {1: 3, 3: 1}, "intermediate": {1: 3, 3: 1}, "heads": {1: 16, 3: 8}}
 
 
 def logits(model, ids):
@@ -46,7 +51,7 @@ def learning(model):
 def test_what_learns_in_delta_form(tiny, choose, axis):
     lm = tiny()
     edit = NeuronDelta(view_decoder(lm.model), choose(lm, axis))
-    expected = {f"values.layers-{layer}-{name}": shape(k) for layer, k in COUNTS.items() for name, shape in SHAPES[axis].items()}
+    expected = {f"values.layers-{layer}-{name}": shape(k) for layer, k in COUNTS[axis].items() for name, shape in SHAPES[axis].items()}
     assert learning(edit) == expected
     assert [id(p) for p in edit.trainable()] == [id(p) for p in edit.parameters()]
     assert learning(lm.model) == {}
@@ -60,17 +65,17 @@ def test_what_learns_in_delta_form(tiny, choose, axis):
 def test_what_learns_in_hook_form(tiny, choose, axis):
     lm = tiny()
     edit = MaskedMatrices(view_decoder(lm.model), choose(lm, axis))
-    expected = {f"model.layers.{layer}.mlp.{name}.weight": shape for layer in COUNTS for name, shape in FULL.items()}
+    expected = {
+        f"model.layers.{layer}.{path}.weight": shape
+        for layer in (1, 3)
+        for path, shape in FULL.items()
+        if path.partition(".")[2] in SHAPES[axis]
+    }
     assert learning(lm.model) == expected
     assert {id(p) for p in edit.trainable()} == {id(p) for p in lm.model.parameters() if p.requires_grad}
     assert {name: tuple(v.shape) for name, v in edit.deltas().items()} == {
-        f"layers.{layer}.{name}": shape(k) for layer, k in COUNTS.items() for name, shape in SHAPES[axis].items()
+        f"layers.{layer}.{name}": shape(k) for layer, k in COUNTS[axis].items() for name, shape in SHAPES[axis].items()
     }
-
-
-def test_rows_and_columns():
-    owned = {axis: [owns_rows(axis, name) for name in ("gate_proj", "up_proj", "down_proj")] for axis in AXES}
-    assert owned == {"residual": [False, False, True], "intermediate": [True, True, False]}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -105,9 +110,10 @@ def test_both_forms_have_the_same_gradient(tiny, choose, axis, ids):
         lm.model(input_ids=ids).logits.logsumexp(-1).sum().backward()
         found = {}
         for (name, _), parameter in zip(edit.deltas().items(), edit.trainable(), strict=True):
-            gradient, index = parameter.grad, torch.tensor(selection.layers[int(name.split(".")[1])])
+            gradient, chosen = parameter.grad, selection.layers[int(name.split(".")[1])]
+            index = torch.tensor(owned(view_decoder(lm.model), axis, chosen))
             if mode == "hook":
-                dim = 0 if owns_rows(axis, name.split(".")[2]) else 1
+                dim = next(part.dim for part in PARTS[axis] if part.matrix == name.split(".")[2])
                 outside = torch.ones(gradient.shape[dim], dtype=torch.bool).index_fill(0, index, False).nonzero().squeeze(-1)
                 assert not gradient.index_select(dim, outside).any()
                 gradient = gradient.index_select(dim, index)

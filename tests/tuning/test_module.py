@@ -10,7 +10,8 @@ from torch.nn.functional import kl_div, log_softmax
 
 from bad_neurons.errors import UserError
 from bad_neurons.models.view import view_decoder
-from bad_neurons.tuning.edits import NeuronDelta, owns_rows
+from bad_neurons.selection.axes import PARTS
+from bad_neurons.tuning.edits import NeuronDelta
 
 CHOSEN = {1: [0, 5, 15], 3: [2]}
 LENGTHS = ([(5, 4), (9, 2), (7, 7)], [(12, 3), (3, 1), (6, 6)], [(4, 9), (10, 5)], [(8, 2), (8, 1), (2, 2), (5, 5)])
@@ -20,6 +21,10 @@ LENGTHS = ([(5, 4), (9, 2), (7, 7)], [(12, 3), (3, 1), (6, 6)], [(4, 9), (10, 5)
 def batches(make_batch):
     """``batches(n)``: n batches of unequal lengths, each with retention text beside it."""
     return lambda n: [make_batch(LENGTHS[i % 4], [11, 16], seed=i) for i in range(n)]
+
+
+def owns_rows(axis, matrix):
+    return next(part.rows for part in PARTS[axis] if part.matrix == matrix)
 
 
 def weights(module):

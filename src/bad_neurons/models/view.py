@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bad_neurons.errors import UserError
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,14 @@ class LayerView:
     sae_point: nn.Module
 
     def matrix(self, name: str) -> nn.Linear:
-        """One of the three linear maps of the MLP, by its name in :data:`MATRICES`."""
-        linear: nn.Linear = getattr(self.mlp, name)
+        """A linear map of the MLP or of the attention, by its name in :data:`MATRICES` or :data:`ATTENTION`.
+
+        Raises:
+            UserError: the attention has no such map.
+        """
+        linear: nn.Linear | None = getattr(self.attention if name in ATTENTION else self.mlp, name, None)
+        if linear is None:
+            raise UserError(f"model: its attention {type(self.attention).__name__} has no {name}; the axis heads needs q_proj and o_proj")
         return linear
 
     def gain(self) -> Tensor:
@@ -86,6 +93,12 @@ class DecoderView:
     def d_mlp(self) -> int:
         """MLP intermediate size m."""
         return self.layers[0].matrix("down_proj").in_features
+
+    @property
+    def head_dim(self) -> int:
+        """Size D of one attention head."""
+        size: int = self.layers[0].attention.head_dim  # type: ignore[assignment]
+        return size
 
     @property
     def device(self) -> torch.device:

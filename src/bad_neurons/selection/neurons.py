@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from bad_neurons.artifacts import PathLike, digest_json, read_json, write_json
 from bad_neurons.errors import UserError
 
-Axis = Literal["residual", "intermediate"]
+Axis = Literal["residual", "intermediate", "heads"]
 FORMAT = "bad-neurons/neurons/1"
 
 
@@ -18,9 +18,11 @@ class NeuronSelection:
 
     Attributes:
         axis: ``residual``: index i < d owns column i of ``gate_proj`` and ``up_proj`` and row i of ``down_proj``;
-            ``intermediate``: index j < m owns row j of ``gate_proj`` and ``up_proj`` and column j of ``down_proj``.
+            ``intermediate``: index j < m owns row j of ``gate_proj`` and ``up_proj`` and column j of ``down_proj``;
+            ``heads``: query head h owns its rows of ``q_proj`` and its columns of ``o_proj``
+            (:mod:`bad_neurons.selection.axes`).
         layers: sorted indices by layer number; a layer without any is left out.
-        size: number of indices that each layer has (d or m).
+        size: number of indices that each layer has (d, m, or the number of query heads).
         candidates: layers among which the choice was made.
         model_id: what the model was called.
         model_digest: fingerprint of its weights, see :func:`bad_neurons.models.load.model_digest`.

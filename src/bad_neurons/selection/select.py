@@ -95,7 +95,13 @@ def probe_directions(view: DecoderView, probe: Probe, sae: str) -> dict[int, Ten
 
 
 def neuron_scores(view: DecoderView, directions: Mapping[int, Tensor], axis: Axis) -> dict[int, Tensor]:
-    """Score of each neuron by layer: [d] on axis ``residual``, [m] on axis ``intermediate``."""
+    """Score of each neuron by layer: [d] on axis ``residual``, [m] on axis ``intermediate``.
+
+    Raises:
+        UserError: another axis.
+    """
+    if axis == "heads":
+        raise UserError("--axis heads: a probe of MLP outputs says nothing about attention heads; expected residual or intermediate")
     if axis == "residual":
         return {layer: residual_scores(v) for layer, v in directions.items()}
     return {

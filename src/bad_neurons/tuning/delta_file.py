@@ -1,6 +1,6 @@
 """The delta file: only the changed rows and columns, with the choice that they belong to.
 
-``layers.<number>.<matrix>`` holds, for a chosen set of k neurons, [k, in] rows or [out, k] columns, float32.
+``layers.<number>.<matrix>`` holds the [k, in] rows or [out, k] columns that the chosen units of a layer own, float32.
 """
 
 from __future__ import annotations
@@ -109,17 +109,17 @@ def merge_delta(model: PreTrainedModel, path: PathLike) -> NeuronSelection:
     """
     import torch
 
-    from bad_neurons.models.view import MATRICES, view_decoder
-    from bad_neurons.tuning.edits import delta_name, owns_rows
+    from bad_neurons.models.view import view_decoder
+    from bad_neurons.selection.axes import PARTS, owned
+    from bad_neurons.tuning.edits import delta_name
 
     load_delta(model, path).remove()  # refuses what does not fit before anything changes
     content = read_delta(path)
     view = view_decoder(model)
     with torch.no_grad():
         for layer, indices in content.selection.layers.items():
-            for matrix in MATRICES:
-                weight = view.layers[layer].matrix(matrix).weight
-                dim = 0 if owns_rows(content.selection.axis, matrix) else 1
-                at = torch.tensor(indices, device=weight.device)
-                weight.index_add_(dim, at, content.deltas[delta_name(layer, matrix)].to(weight))
+            at = torch.tensor(owned(view, content.selection.axis, indices), device=view.device)
+            for part in PARTS[content.selection.axis]:
+                weight = view.layers[layer].matrix(part.matrix).weight
+                weight.index_add_(part.dim, at.to(weight.device), content.deltas[delta_name(layer, part.matrix)].to(weight))
     return content.selection

@@ -1,4 +1,4 @@
-"""What may learn: the chosen rows and columns of the MLP matrices, and nothing else.
+"""What may learn: the rows and columns that the chosen units own, and nothing else.
 
 Two forms of the same edit. :class:`NeuronDelta` keeps only the chosen rows and columns, as float32 parameters beside the
 frozen matrices: gradient, optimizer state, checkpoint and all-reduce are as small as the choice, weight decay cannot
@@ -6,7 +6,8 @@ touch a frozen weight (pytorch#38581), and switching the edit off gives the clea
 :class:`MaskedMatrices` trains the full matrices under a gradient mask, as the paper describes it; it is the reference
 that the tests compare with.
 
-Legend: d hidden size, m MLP intermediate size, k chosen neurons of a layer.
+Legend: d hidden size, m MLP intermediate size, k rows or columns that the chosen units of a layer own: one a neuron, and the
+size of a head for each attention head (:mod:`bad_neurons.selection.axes`).
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bad_neurons.errors import UserError
-from bad_neurons.models.view import MATRICES, DecoderView
-from bad_neurons.selection.neurons import Axis, NeuronSelection
+from bad_neurons.models.view import DecoderView
+from bad_neurons.selection.axes import PARTS, owned, units
+from bad_neurons.selection.neurons import NeuronSelection
 
 Mode = Literal["delta", "hook"]
 
@@ -56,11 +58,6 @@ class Edit(Protocol):
         """Take the edit off the model for good."""
 
 
-def owns_rows(axis: Axis, matrix: str) -> bool:
-    """Whether a neuron of ``axis`` owns rows of ``matrix`` as stored [out, in]; else it owns columns."""
-    return (matrix == "down_proj") == (axis == "residual")
-
-
 def delta_name(layer: int, matrix: str) -> str:
     """Name of a delta tensor in files and state dicts."""
     return f"layers.{layer}.{matrix}"
@@ -72,7 +69,7 @@ def check_fits(view: DecoderView, selection: NeuronSelection, model_digest: str 
     Raises:
         UserError: digest, axis size or layer numbers differ.
     """
-    size = view.d_model if selection.axis == "residual" else view.d_mlp
+    size = units(view, selection.axis)
     if selection.size != size or max(selection.layers) >= len(view.layers):
         raise UserError(
             f"neurons: chosen in {selection.model_id} ({selection.size} on axis {selection.axis}), but this model has "
@@ -98,14 +95,14 @@ class NeuronDelta(nn.Module):
         self.values = nn.ParameterDict()
         self._handles = []
         for layer, indices in selection.layers.items():
-            for matrix in MATRICES:
+            at = owned(view, selection.axis, indices)
+            for matrix, rows in PARTS[selection.axis]:
                 linear = view.layers[layer].matrix(matrix)
-                rows = owns_rows(selection.axis, matrix)
-                shape = (len(indices), linear.in_features) if rows else (linear.out_features, len(indices))
+                shape = (len(at), linear.in_features) if rows else (linear.out_features, len(at))
                 key = delta_name(layer, matrix).replace(".", "-")  # a dot is not allowed in a parameter's name
                 device = linear.weight.device
                 self.values[key] = nn.Parameter(torch.zeros(shape, device=device))
-                self.register_buffer(f"index-{key}", torch.tensor(indices, device=device), persistent=False)
+                self.register_buffer(f"index-{key}", torch.tensor(at, device=device), persistent=False)
                 self._handles.append(linear.register_forward_hook(self._hook(key, rows)))
 
     def _hook(self, key: str, rows: bool) -> Any:
@@ -171,11 +168,11 @@ class MaskedMatrices(nn.Module):
         self._parts: dict[str, tuple[nn.Parameter, Tensor, Tensor, bool]] = {}  # weight, original, indices, rows
         self._handles = []
         for layer, indices in selection.layers.items():
-            for matrix in MATRICES:
+            at = owned(view, selection.axis, indices)
+            for matrix, rows in PARTS[selection.axis]:
                 weight: nn.Parameter = view.layers[layer].matrix(matrix).weight  # type: ignore[assignment]
                 weight.requires_grad_(True)
-                rows = owns_rows(selection.axis, matrix)
-                index = torch.tensor(indices, device=weight.device)
+                index = torch.tensor(at, device=weight.device)
                 self._parts[delta_name(layer, matrix)] = (weight, weight.detach().clone(), index, rows)
                 self._handles.append(weight.register_hook(self._mask(index, rows)))
 
