@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bad_neurons.errors import UserError
-from bad_neurons.models.view import MATRICES, DecoderView
+from bad_neurons.models.view import MATRICES, DecoderView, LayerView
 from bad_neurons.selection.neurons import Axis, NeuronSelection
 
 Mode = Literal["delta", "hook"]
@@ -61,6 +61,30 @@ def owns_rows(axis: Axis, matrix: str) -> bool:
     return (matrix == "down_proj") == (axis == "residual")
 
 
+class OwnedPart(NamedTuple):
+    """One linear map of a layer, of which each unit owns as many rows or columns as every other, one unit behind the other.
+
+    Attributes:
+        matrix: its name.
+        linear: the map.
+        rows: whether they are rows of the weight as stored [out, in]; else columns.
+    """
+
+    matrix: str
+    linear: nn.Linear
+    rows: bool
+
+
+def owned_parts(layer: LayerView, axis: Axis) -> list[OwnedPart]:
+    """The linear maps of a layer of which the units of ``axis`` own rows or columns."""
+    return [OwnedPart(matrix, layer.matrix(matrix), owns_rows(axis, matrix)) for matrix in MATRICES]
+
+
+def axis_size(view: DecoderView, axis: Axis) -> int:
+    """Number of units that a layer has on ``axis``."""
+    return view.d_model if axis == "residual" else view.d_mlp
+
+
 def delta_name(layer: int, matrix: str) -> str:
     """Name of a delta tensor in files and state dicts."""
     return f"layers.{layer}.{matrix}"
@@ -72,7 +96,7 @@ def check_fits(view: DecoderView, selection: NeuronSelection, model_digest: str 
     Raises:
         UserError: digest, axis size or layer numbers differ.
     """
-    size = view.d_model if selection.axis == "residual" else view.d_mlp
+    size = axis_size(view, selection.axis)
     if selection.size != size or max(selection.layers) >= len(view.layers):
         raise UserError(
             f"neurons: chosen in {selection.model_id} ({selection.size} on axis {selection.axis}), but this model has "
