@@ -109,6 +109,10 @@ class Rows(NamedTuple):
         ids, mask, positions, ends = (t.to(device) for t in (self.input_ids, self.attention_mask, self.positions, self.ends))
         return Rows(ids, mask, positions, ends, self.branched)
 
+    def followed(self) -> Tensor:
+        """Flat places (row * T + column) that another token of the same row follows, where each row holds one sequence."""
+        return (self.attention_mask.flatten()[:-1] * self.positions.flatten()[1:]).nonzero().squeeze(-1)
+
     def reach(self) -> Tensor:
         """[B, T, T] bool: whether the token of the last axis is on the way to that of the middle axis; padding sees itself."""
         column = torch.arange(self.ends.shape[1], device=self.ends.device)
@@ -174,6 +178,32 @@ def _extent(places: Sequence[tuple[int, int]], sizes: Sequence[int]) -> tuple[in
 def pack_sequences(sequences: Sequence[Sequence[int]]) -> Rows:
     """Each sequence in a row of its own."""
     return pack([prefix_tree([sequence]) for sequence in sequences]).rows
+
+
+class SharedBatch(NamedTuple):
+    """Sequences that are read together, what they share once.
+
+    Attributes:
+        numbers: which sequences.
+        paths: of each, the flat places (row * T + column) of its tokens in the rows.
+        rows: the rows.
+    """
+
+    numbers: list[int]
+    paths: list[list[int]]
+    rows: Rows
+
+
+def shared_batches(sequences: Sequence[Sequence[int]], max_tokens: int) -> list[SharedBatch]:
+    """All of ``sequences`` in batches of at most ``max_tokens`` after padding (one row at least)."""
+    groups = group_by_prefix(sequences, max_tokens)
+    trees = [prefix_tree([sequences[i] for i in group]) for group in groups]
+    batches = []
+    for batch in batches_by_length([len(tree.ids) for tree in trees], max_tokens):
+        packed = pack([trees[i] for i in batch])
+        paths = [[start + node for node in path] for i, start in zip(batch, packed.starts, strict=True) for path in trees[i].paths]
+        batches.append(SharedBatch([number for i in batch for number in groups[i]], paths, packed.rows))
+    return batches
 
 
 def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -149,8 +149,14 @@ def _probe(run: _Run, name: str, features: str) -> Stage:
 
 def _selection(run: _Run) -> Stage:
     probe, control = run.probe("probe"), run.probe("probe-residual")
-    own = {"model": run.model, "probe": str(probe), "control": str(control), "sae": run.sae, "out": str(run.neurons.parent)}
-    return Stage("selection", ("select",), _merge(own, run.section("select")), (probe, control), (run.neurons,))
+    data = {"records": run.records, **run.split, "seed": run.config.get("seed", 0)}
+    own = {"model": run.model, "probe": str(probe), "control": str(control), "sae": run.sae, **data, "out": str(run.neurons.parent)}
+    config = _merge(own, run.section("select"))
+    decoded = config.get("way", "probe") == "probe"
+    inputs = [probe, control] if decoded or config.get("layers") is None else []
+    inputs += [] if decoded else run.record_files
+    inputs += [Path(config["like"])] if config.get("like") else []
+    return Stage("selection", ("select",), config, tuple(inputs), (run.neurons,))
 
 
 def _tuning(run: _Run) -> Stage:

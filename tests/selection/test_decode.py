@@ -6,7 +6,7 @@ import torch
 
 from bad_neurons.models.view import view_decoder
 from bad_neurons.selection.decode import decoded_direction, intermediate_scores, residual_scores
-from bad_neurons.selection.select import neuron_scores
+from bad_neurons.selection.ways.probe import neuron_scores
 from bad_neurons.testing import tiny_model
 
 W_DEC = torch.tensor([[1.0, 0.0, 2.0], [0.0, -3.0, 1.0]])  # F = 2 features, d = 3

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bad_neurons.selection.rules import RULES, random_fraction, top_fraction, top_k_per_layer, top_p
+from bad_neurons.errors import UserError
+from bad_neurons.selection.rules import RULES, Rule, everything, same_counts, top_fraction, top_k_per_layer, top_p
 
 SCORES = {3: torch.tensor([1.0, 4.0, 0.0]), 1: torch.tensor([2.0, 0.0, 3.0])}  # sum 10; best first: 4, 3, 2, 1
 
@@ -85,25 +87,40 @@ def test_top_k_per_layer(k, expected):
     assert top_k_per_layer(SCORES, k) == expected
 
 
+def test_same_counts():
+    assert same_counts(SCORES, 0.0, {3: 2, 1: 1}) == {1: [2], 3: [0, 1]}
+    assert same_counts(SCORES, 0.0, {3: 1, 1: 0}) == {3: [1]}
+
+
 @settings(deadline=None, max_examples=60)
-@given(layers, st.sampled_from([0.1, 0.3, 0.5, 1.0]), st.integers(0, 5))
-def test_random_has_the_count_of_top_fraction(scores, share, seed):
-    given_scores = tensors(scores)
-    chosen = random_fraction(given_scores, share, seed)
-    total = sum(map(len, scores.values()))
-    assert len(flat(chosen)) == len(flat(top_fraction(given_scores, share))) == max(1, round(share * total))
-    assert flat(chosen) <= {(layer, index) for layer, values in scores.items() for index in range(len(values))}
-    assert all(indices == sorted(set(indices)) for indices in chosen.values())
+@given(layers, st.sampled_from([0.1, 0.3, 0.5, 1.0]), st.randoms())
+def test_same_counts_has_the_counts_of_the_other_choice(scores, share, chance):
+    counts = {layer: len(indices) for layer, indices in top_fraction(tensors(scores), share).items()}
+    other = {layer: chance.sample(range(len(values)), len(values)) for layer, values in scores.items()}
+    chosen = same_counts(tensors(other), 0.0, counts)
+    assert {layer: len(indices) for layer, indices in chosen.items()} == counts
+    for layer, indices in chosen.items():
+        assert {other[layer][i] for i in indices} == set(sorted(other[layer], reverse=True)[: counts[layer]])
 
 
-def test_random_depends_on_the_seed_and_not_on_the_scores():
-    scores, other = {0: torch.rand(200), 5: torch.rand(200)}, {0: torch.zeros(200), 5: torch.ones(200)}
-    assert random_fraction(scores, 0.1, 3) == random_fraction(other, 0.1, 3)
-    assert random_fraction(scores, 0.1, 3) != random_fraction(scores, 0.1, 4)
-    counts = [len(random_fraction(scores, 0.5, seed)[0]) for seed in range(40)]
-    # hypergeometric: mean 100, standard deviation 5.0 a draw; of 40 draws' mean 0.8
-    assert abs(sum(counts) / 40 - 100) < 4
+@pytest.mark.parametrize(
+    ("like", "said"),
+    [
+        (None, "--like: rule same_counts copies the counts of another choice"),
+        ({1: 4}, r"--like: it has 4 neurons in layer 1, which has 3 on this axis"),
+        ({2: 1}, r"--like: it has 1 neurons in layer 2, which is not among the candidates \[1, 3\]"),
+    ],
+)
+def test_same_counts_refuses_what_it_cannot_copy(like, said):
+    with pytest.raises(UserError, match=said):
+        same_counts(SCORES, 0.0, like)
+
+
+def test_all():
+    assert everything(SCORES, 0.0) == {1: [0, 1, 2], 3: [0, 1, 2]}
 
 
 def test_every_rule_is_listed():
-    assert {"top_p": top_p, "top_fraction": top_fraction, "top_k_per_layer": top_k_per_layer, "random": random_fraction} == RULES
+    named = {"top_p": top_p, "top_fraction": top_fraction, "top_k_per_layer": top_k_per_layer, "same_counts": same_counts}
+    assert {**named, "all": everything} == RULES
+    assert set(get_args(Rule)) == set(RULES)

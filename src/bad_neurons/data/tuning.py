@@ -168,12 +168,15 @@ class SycophancyDataModule(L.LightningDataModule):
         pieces = [tokenize_text(tokenizer, text)[: self.retention_tokens] for text in texts]
         train = draw_evenly(split.train, self.max_records, self.seed)
         self._batches = {
-            "fit": self._make(tokenizer, train, pieces),
-            "validate": self._make(tokenizer, split.validation, []),
-            "test": self._make(tokenizer, split.test, []),
+            "fit": self.make_batches(tokenizer, train, pieces),
+            "validate": self.make_batches(tokenizer, split.validation, []),
+            "test": self.make_batches(tokenizer, split.test, []),
         }
 
-    def _make(self, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], pieces: list[list[int]]) -> list[TuningBatch]:
+    def make_batches(
+        self, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], pieces: Sequence[list[int]] = ()
+    ) -> list[TuningBatch]:
+        """Batches of some records, with pieces of retention text [tokens] beside them where there are any."""
         kept = [r for r in records if not (self.wrong_persons_only and r.person_is_right)]
         groups = [group for record in kept if (group := _ask(tokenizer, record, self.target))]
         if not groups:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from bad_neurons.batching import Rows, batches_by_length, group_by_prefix, pack, prefix_tree
+from bad_neurons.batching import Rows, shared_batches
 from bad_neurons.models.head import ROWS, Logits
 from bad_neurons.models.passes import Switch, before_and_after
 from bad_neurons.models.prompts import Turn, tokenize
@@ -67,17 +67,10 @@ def answer_log_probs(
     """
     tokens = [tokenize(tokenizer, request.turns, request.answer) for request in requests]
     read = [ids.prompt + ids.answer[:-1] for ids in tokens]  # nothing is predicted behind the last token
-    groups = group_by_prefix(read, max_tokens)
-    trees = [prefix_tree([read[i] for i in group]) for group in groups]
     before, after = [0.0] * len(requests), [0.0] * len(requests)
-    for batch in tqdm(batches_by_length([len(tree.ids) for tree in trees], max_tokens), desc=what, unit="batch", leave=False):
-        packed = pack([trees[i] for i in batch])
-        asked = [
-            (number, [start + node for node in path[-len(tokens[number].answer) :]])
-            for i, start in zip(batch, packed.starts, strict=True)
-            for number, path in zip(groups[i], trees[i].paths, strict=True)
-        ]
-        sides = _score(view, packed.rows, [places for _, places in asked], [tokens[number].answer for number, _ in asked], edit)
+    for batch in tqdm(shared_batches(read, max_tokens), desc=what, unit="batch", leave=False):
+        asked = [(number, path[-len(tokens[number].answer) :]) for number, path in zip(batch.numbers, batch.paths, strict=True)]
+        sides = _score(view, batch.rows, [places for _, places in asked], [tokens[number].answer for number, _ in asked], edit)
         for kept, scores in zip((before, after), sides, strict=True):
             for (number, _), score in zip(asked, scores.tolist(), strict=True):
                 kept[number] = score

@@ -67,8 +67,7 @@ def side_effects(
     batches = batches_by_length([len(s) for s in sequences], max_tokens)
     for batch in tqdm(batches, desc="side effects", unit="batch", leave=False):
         rows = pack_sequences([sequences[i] for i in batch]).to(view.device)
-        ids, mask = rows.input_ids.flatten(), rows.attention_mask.flatten()
-        at = (mask[:-1] * rows.positions.flatten()[1:]).nonzero().squeeze(-1)  # what another token of the same row follows
+        ids, at = rows.input_ids.flatten(), rows.followed()
         before, after = (clean or CleanStates()).both_sides(view, rows, at, edit)
         sums += _sums(view, before, after, ids[at + 1])
         count += len(at)

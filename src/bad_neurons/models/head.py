@@ -110,6 +110,21 @@ class Logits:
         kl: Tensor = own / norm - cross / norm + (other.log_norm - self.log_norm).squeeze(-1)
         return kl
 
+    def drawn(self, u: Tensor) -> Tensor:
+        """One vocabulary entry a place, [R], from its softmax: the first with which the summed probability passes ``u`` [R] in [0, 1)."""
+        top = self.top
+        blocks = self.each_block(lambda columns: (columns, (self.block(columns) - top).exp_().sum(-1).double()))
+        held = torch.stack([mass for _, mass in blocks], 1).cumsum(1)
+        wanted = u.to(held) * held[:, -1]
+        number = (held <= wanted[:, None]).sum(1).clamp_max(len(blocks) - 1)
+        found = torch.empty_like(number)
+        for block in number.unique().tolist():
+            (columns, mass), rows = blocks[block], (number == block).nonzero().squeeze(1)
+            inside = (self.capped(self.raw[rows, columns]) - top[rows]).exp_().double().cumsum(1)
+            left = wanted[rows] - (held[rows, block] - mass[rows])
+            found[rows] = columns.start + (inside <= left[:, None]).sum(1).clamp_max(inside.shape[1] - 1)
+        return found
+
     def rows(self, rows: slice) -> Logits:
         """The same at some of the places, without a copy."""
         part = object.__new__(Logits)

@@ -9,7 +9,7 @@ Legend: B rows, T columns, d hidden size, N places that are read out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FunctionType
 from typing import Any, NamedTuple, Protocol
@@ -208,22 +208,28 @@ def before_and_after(view: DecoderView, rows: Rows, at: Tensor, edit: Switch | N
 
 
 def visit_mlp_outputs(view: DecoderView, rows: Rows, layers: Sequence[int], visit: Callable[[int, Tensor], None]) -> None:
-    """Call ``visit(layer, output)`` with what the MLP block of each of ``layers`` adds to the residual stream, [B, T, d].
+    """Call ``visit(layer, output)`` with what the MLP block of each of ``layers`` adds to the residual stream, [B, T, d]."""
+    points = {layer: view.layers[layer].sae_point for layer in layers}
+    visit_points(view, rows, points, lambda layer, _, output: visit(layer, output))
+
+
+def visit_points(view: DecoderView, rows: Rows, points: Mapping[int, nn.Module], visit: Callable[[int, Tensor, Tensor], None]) -> None:
+    """Call ``visit(layer, input, output)`` with what one module of each of some layers takes and gives, [B, T, ...].
 
     Without gradients, in the order of the layers, while the pass goes on, so nothing of it need be kept. The pass ends behind
-    the last of ``layers``; later layers and the head never run.
+    the last of ``points``; later layers and the head never run.
     """
-    last = max(layers)
+    last = max(points)
 
     def hook(layer: int) -> Any:
-        def seen(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            visit(layer, output)
+        def seen(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            visit(layer, args[0], output)
             if layer == last:
                 raise _Stop
 
         return seen
 
-    handles = [view.layers[layer].sae_point.register_forward_hook(hook(layer)) for layer in layers]
+    handles = [module.register_forward_hook(hook(layer)) for layer, module in points.items()]
     try:
         with torch.no_grad():
             frame = open_frame(view, rows)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bad_neurons.artifacts import digest_json
-from bad_neurons.batching import Rows, batches_by_length, group_by_prefix, pack, prefix_tree
+from bad_neurons.batching import Rows, shared_batches
 from bad_neurons.models.passes import visit_mlp_outputs
 from bad_neurons.models.view import DecoderView
 from bad_neurons.sae.load import SAEs
@@ -129,18 +129,12 @@ class _Batch(NamedTuple):
 
 def _plan(examples: Sequence[Example], tokens: Tokens) -> list[_Batch]:
     """The batches of one shard."""
-    groups = group_by_prefix([e.ids for e in examples], _BATCH_TOKENS)
-    trees = [prefix_tree([examples[i].ids for i in group]) for group in groups]
     batches = []
-    for batch in batches_by_length([len(tree.ids) for tree in trees], _BATCH_TOKENS):
-        packed = pack([trees[i] for i in batch])
-        numbers, places = [], []
-        for i, start in zip(batch, packed.starts, strict=True):
-            for number, path in zip(groups[i], trees[i].paths, strict=True):
-                numbers.append(number)
-                places.append([start + node for node in path[examples[number].answer_start if tokens == "answer" else 1 :]])
+    for numbers, paths, rows in shared_batches([e.ids for e in examples], _BATCH_TOKENS):
+        starts = [examples[number].answer_start if tokens == "answer" else 1 for number in numbers]
+        places = [path[start:] for path, start in zip(paths, starts, strict=True)]
         at, index = torch.tensor([place for path in places for place in path]).unique(return_inverse=True)
-        batches.append(_Batch(numbers, packed.rows, at, list(index.split([len(path) for path in places]))))
+        batches.append(_Batch(numbers, rows, at, list(index.split([len(path) for path in places]))))
     return batches
 
 

@@ -26,7 +26,16 @@ _RULES = {
     "top_p": "smallest set of neurons that holds {percent:.0f} % of the summed scores",
     "top_fraction": "best {percent:.1f} % of the neurons by score",
     "top_k_per_layer": "best {amount:.0f} neurons of each layer by score",
-    "random": "{percent:.1f} % of the neurons, drawn at random with seed {seed}",
+    "same_counts": "best neurons of each layer by score, as many as another choice has there",
+    "all": "every neuron of the candidate layers",
+}
+_WAYS = {
+    "probe": "the probe's weights",
+    "random": "random numbers of seed {seed}",
+    "gradient": "the gradient of the behaviour ({objective})",
+    "contrast": "the difference of activations between agreeing and disagreeing answers",
+    "fisher": "effect ({objective}) for side effect, weight by weight",
+    "fisher_step": "effect ({objective}) for side effect, along each neuron's gradient",
 }
 _MACHINE = {"processor": "", "cores": " cores", "device": "", "system": ""}
 
@@ -161,8 +170,9 @@ def _rule(rule: Mapping[str, Any]) -> str:
     name = str(rule.get("name") or "")
     if name not in _RULES or "amount" not in rule:
         return name
-    amount = float(rule["amount"])
-    return f"{name}: " + _RULES[name].format(amount=amount, percent=100 * amount, seed=rule.get("seed"))
+    amount, way = float(rule["amount"]), str(rule.get("way") or "")
+    said = f"{name}: " + _RULES[name].format(amount=amount, percent=100 * amount)
+    return f"{said}; scored by {_WAYS[way].format(**rule)}" if way in _WAYS else said
 
 
 def _tuning_settings(config: str | None) -> str:
