@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bad_neurons.testing import save_tiny_model
 
@@ -46,3 +48,12 @@ def tiny_run_config(folder: Path, **changes: Any) -> Path:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path
+
+
+def by_transformers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> float:
+    """One ordinary pass: sum of log-probabilities of the answer's tokens behind the prompt."""
+    before, after = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer))
+    ids = [2, *before, *after]
+    with torch.no_grad():
+        log_probs = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return sum(float(log_probs[len(before) + i, token]) for i, token in enumerate(after))

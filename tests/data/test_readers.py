@@ -92,7 +92,7 @@ def test_an_unknown_source_names_the_known(source, ask):
     with pytest.raises(UserError) as error:
         ask(source)
     assert str(error.value) == (
-        f"data: no source {source!r}; known are embedded, anthropic, truthfulqa, syco-bench, and paths that end in .jsonl"
+        f"data: no source {source!r}; known are embedded, anthropic, truthfulqa, syco-bench, open-ended, and paths that end in .jsonl"
     )
 
 
@@ -103,6 +103,7 @@ def test_an_unknown_source_names_the_known(source, ask):
         ("anthropic", "known are anthropic:nlp, anthropic:poli, anthropic:phil"),
         ("anthropic:sports", "known are anthropic:nlp, anthropic:poli, anthropic:phil"),
         ("truthfulqa:mc1", "expected truthfulqa or truthfulqa@path.csv"),
+        ("open-ended:long", "expected open-ended or open-ended@path.csv"),
         ("syco-bench", "known are syco-bench:pickside, syco-bench:mirror"),
         ("syco-bench:whosaid", "known are syco-bench:pickside, syco-bench:mirror"),
     ],
@@ -179,12 +180,31 @@ def test_the_hub_is_asked_for_truthfulqa(monkeypatch):
     assert "the Hugging Face hub did not give it (KeyError)" in fails("truthfulqa")
 
 
+@pytest.mark.parametrize("kind", [{"agreeing_type": 1}, {}])
+def test_the_hub_is_asked_for_open_ended(monkeypatch, kind):
+    asked = []
+    row = {"prompt": " I like jam. You?", "sycophantic": "So do I! ", "not_sycophantic": "Not much.", **kind}
+
+    def load_dataset(*args, **options):
+        asked.append((args, options))
+        return [row]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    [record] = load_records("open-ended")
+    assert (record.prompt, record.scored) == ((user("I like jam. You?"),), ("So do I!", "Not much."))
+    assert record.source == ("open-ended:view" if kind else "open-ended")
+    assert asked == [(("henrypapadatos/Open-ended_sycophancy",), {"split": "train"})]
+    del row["prompt"]
+    assert "the Hugging Face hub did not give it (KeyError)" in fails("open-ended")
+
+
 @pytest.mark.parametrize(
     ("source", "file"),
     [
         ("anthropic:nlp", "anthropic-sycophancy/sycophancy_on_nlp_survey.jsonl"),
         ("truthfulqa", "truthfulqa/TruthfulQA.csv"),
         ("syco-bench:mirror", "syco-bench/questions_mirror.csv"),
+        ("open-ended", "open-ended-sycophancy/Open-ended_sycophancy_dataset.csv"),
     ],
 )
 def test_what_cannot_be_had_says_what_to_set(source, file):
@@ -258,6 +278,41 @@ def test_mirror_has_a_person_on_either_side(tmp_path):
         Record(prompt=(user(f"I see it flow.\n\n{view}"),), sycophantic="It flows.", honest="It stands still.", **shared),
         Record(prompt=(user(f"I see it stand.\n\n{view}"),), sycophantic="It stands still.", honest="It flows.", **shared),
     ]
+
+
+OPEN_ENDED = "agreeing_type,prompt,sycophantic,not_sycophantic\n"
+
+
+def test_open_ended_rows(tmp_path, monkeypatch):
+    path = tmp_path / "open-ended-sycophancy" / "Open-ended_sycophancy_dataset.csv"
+    path.parent.mkdir()
+    path.write_text(OPEN_ENDED + '1,"I like jam, you?", So do I!,Not much.\n0,Right or liked?,Liked.,"Right.\n\nIt lasts."\n')
+    jam, liked = load_records(f"open-ended@{path}")
+    assert jam == Record(
+        prompt=(user("I like jam, you?"),), sycophantic="So do I!", honest="Not much.", topic="I like jam, you?", source="open-ended:view"
+    )
+    assert (liked.source, liked.scored, liked.topic) == ("open-ended:character", ("Liked.", "Right.\n\nIt lasts."), "Right or liked?")
+    monkeypatch.setenv("BAD_NEURONS_DATA", str(tmp_path))
+    assert load_records("open-ended") == load_records(f"open-ended@{tmp_path}") == [jam, liked]
+    path.write_text("prompt,sycophantic,not_sycophantic\nWhy?,Yes!,No.\n")
+    assert [record.source for record in load_records("open-ended")] == ["open-ended"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (OPEN_ENDED + "1,Why?,Yes!,No.\n2,Why?,Yes!,No.\n", "line 3: `agreeing_type` is '2'; expected 1 (the person voices a view) or 0"),
+        (OPEN_ENDED + "1,Why?,Yes!,\n", "line 2: `not_sycophantic` is empty"),
+        (OPEN_ENDED + "1,Why?,Yes!,Yes!\n", "line 2: the two answers are the same"),
+        (
+            "agreeing_type,prompt,sycophantic\n",
+            "line 1: no column `not_sycophantic`; expected a CSV file with the columns prompt, sycophantic",
+        ),
+    ],
+)
+def test_a_bad_open_ended_file_is_named_with_its_line(tmp_path, text, message):
+    (tmp_path / "given.csv").write_text(text)
+    assert fails(f"open-ended@{tmp_path}/given.csv").startswith(f"{tmp_path}/given.csv: {message}")
 
 
 def test_questions_of_the_judged_tests(tmp_path, monkeypatch):

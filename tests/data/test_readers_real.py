@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(not (REAL / "anthropic-sycophancy").is_dir(), re
         ("truthfulqa", 408, 814, 36),
         ("syco-bench:pickside", 41, 80, 40),
         ("syco-bench:mirror", 41, 80, 40),
+        ("open-ended", 30, 29, 29),
     ],
 )
 def test_counts_of_the_selection_in_shared(source, lines, records, topics):
@@ -64,6 +65,12 @@ def test_topics_are_not_split_by_biography(kind):
 def test_truthfulqa():
     records = load_records(f"truthfulqa@{REAL}")
     assert Counter(record.person_is_right for record in records) == {True: len(records) // 2, False: len(records) // 2}
+
+
+def test_open_ended():
+    records = load_records(f"open-ended@{REAL}")
+    assert {record.source for record in records} == {"open-ended:view", "open-ended:character"}
+    assert all(len(text) > 50 for record in records for text in record.scored)
 
 
 @pytest.mark.parametrize("test", ["pickside", "mirror"])

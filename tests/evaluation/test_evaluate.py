@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 
@@ -21,6 +22,9 @@ from bad_neurons.tuning.delta_file import load_delta, write_delta
 from bad_neurons.tuning.edits import NeuronDelta
 
 MEASURES = {"n", "topics", "opinion_shift", "match_rate", "match_rate_letter", "letter_bias"}
+BELIEFS = {"accuracy", "accuracy_wrong", "accuracy_right", "drop_wrong", "drop_right", "contradiction"}
+SIDES = ("before", "after")
+ACCURACY = {"accuracy_before", "accuracy_after", "accuracy_change"}
 
 
 @pytest.fixture
@@ -71,10 +75,10 @@ def test_results_have_the_shape_of_the_contract(measure, delta, tiny_folder, tmp
     assert results["neurons"] == {"axis": "intermediate", "count": 4, "share": 4 / (4 * 24), "layers": {"1": 3, "3": 1}}
     assert {name: list(sides) for name, sides in results["suites"].items()} == {"own": ["before", "after"]}
     for side in results["suites"]["own"].values():
-        assert set(side) == MEASURES | {"valid", "by_person"}
+        assert set(side) - {"contradiction"} == MEASURES | BELIEFS - {"contradiction"} | {"valid", "by_person"}
         assert {name: set(group) for name, group in side["by_person"].items()} == dict.fromkeys(("right", "wrong", "opinion"), MEASURES)
         assert set(side["opinion_shift"]) == {"mean", "ci95"}
-    assert set(results["side_effects"]) == {"tokens", "kl_per_token", "perplexity_before", "perplexity_after"}
+    assert set(results["side_effects"]) == {"tokens", "kl_per_token", "perplexity_before", "perplexity_after"} | ACCURACY
     assert results["side_effects"]["kl_per_token"] > 1e-4
     assert list(results["seconds"]) == ["evaluation"]
 
@@ -100,15 +104,16 @@ def test_before_and_after_are_the_model_without_and_with_its_delta(measure, delt
     before, after = ([row["odds"] for row in rows if row["when"] == when] for when in ("before", "after"))
     assert max(abs(a - b) for a, b in zip(before, after, strict=True)) > 1e-3
     paragraphs = load_paragraphs("python-docs", "measure")[:2]
-    assert results["side_effects"] == pytest.approx(side_effects(view, lm.tokenizer, paragraphs, loaded), rel=1e-4)
+    on_text = {name: value for name, value in results["side_effects"].items() if name not in ACCURACY}
+    assert on_text == pytest.approx(side_effects(view, lm.tokenizer, paragraphs, loaded), rel=1e-4)
 
 
 def test_without_a_delta_there_is_no_after(measure):
     results = measure()
     assert results["neurons"] is None
     assert list(results["suites"]["own"]) == ["before"]
-    assert set(results["side_effects"]) == {"tokens", "perplexity_before"}
-    assert "side_effects" not in measure(text=None)
+    assert set(results["side_effects"]) == {"tokens", "perplexity_before", "accuracy_before"}
+    assert set(measure(text=None)["side_effects"]) == {"accuracy_before"}
 
 
 def test_only_test_topics_of_what_was_trained_on_are_measured(measure, record, source, tmp_path):
@@ -119,6 +124,23 @@ def test_only_test_topics_of_what_was_trained_on_are_measured(measure, record, s
     assert measure(trained_on=None, text=None)["suites"]["own"]["before"]["n"] == 18
     few = measure(trained_on=None, max_items=7, text=None)["suites"]["own"]["before"]
     assert (few["n"], few["topics"]) == (7, 6)  # drawn evenly
+
+
+def test_accuracy_is_that_of_the_questions_without_a_person(measure, delta, tmp_path):
+    """From the file of items: `yes` is the true position where the person is right, `no` where not, so it is two questions' worth."""
+    effects = measure(delta=delta, trained_on=None)["side_effects"]
+    rows = [row for _, row in read_jsonl_rows(tmp_path / "out" / "items.jsonl") if row["person_is_right"] is not None]
+    right = {when: {r["question"]: (r["odds_neutral"] > 0) == r["person_is_right"] for r in rows if r["when"] == when} for when in SIDES}
+    for when in SIDES:
+        assert effects[f"accuracy_{when}"]["mean"] == pytest.approx(sum(right[when].values()) / len(right[when]))
+        assert effects[f"accuracy_{when}"]["n"] == len(right[when]) == 6
+    changes = [right["after"][question] - right["before"][question] for question in right["before"]]
+    assert effects["accuracy_change"]["mean"] == pytest.approx(sum(changes) / 6)
+
+
+def test_without_questions_of_fact_there_is_no_accuracy(measure, record, tmp_path):
+    write_jsonl(tmp_path / "views.jsonl", [record_to_json(record(f"u{i}")) for i in range(4)])
+    assert "side_effects" not in measure(suites=[str(tmp_path / "views.jsonl")], text=None)
 
 
 def write_phil(folder):
@@ -149,6 +171,34 @@ def test_optional_suites_are_measured_where_their_files_are(measure, monkeypatch
     assert "not measured: anthropic:nlp (" in caplog.text
     assert {name: (side["before"]["n"], side["before"]["topics"]) for name, side in suites.items()} == {"own": (3, 1), "phil": (6, 3)}
     assert list(suites["phil"]["before"]["by_person"]) == ["opinion"]
+
+
+def test_public_suites_beside_a_persons_own(measure, delta, monkeypatch, tmp_path):
+    """All kinds of suites in one evaluation, each with its own measures; the default asks for them where their files are."""
+    write_phil(tmp_path / "data" / "anthropic-sycophancy")
+    files = {
+        "truthfulqa/TruthfulQA.csv": "Category,Question,Best Answer,Best Incorrect Answer\nLaw,Is it?,No,Yes\nArt,Why?,So,Thus\n",
+        "open-ended-sycophancy/Open-ended_sycophancy_dataset.csv": (
+            "agreeing_type,prompt,sycophantic,not_sycophantic\n1,I like jam.,So do I!,Hm.\n0,Right or liked?,Liked.,Right.\n"
+        ),
+    }
+    for name, text in files.items():
+        (tmp_path / "data" / name).parent.mkdir()
+        (tmp_path / "data" / name).write_text(text)
+    monkeypatch.setenv("BAD_NEURONS_DATA", str(tmp_path / "data"))
+    optional = inspect.signature(evaluate).parameters["optional_suites"].default
+    results = measure(delta=delta, optional_suites=optional, max_items=3)
+    assert list(results["suites"]) == ["own", "phil", "truthfulqa", "open-ended"]
+    assert {name: side["before"]["n"] for name, side in results["suites"].items()} == {
+        "own": 3, "phil": 3, "truthfulqa": 3, "open-ended": 2,
+    }  # fmt: skip
+    per_token = {"n", "topics", "valid", "match_rate_per_token", "odds_per_token", "match_rate", "by_source"}
+    assert [set(side) for side in results["suites"]["open-ended"].values()] == [per_token, per_token]
+    assert {"accuracy", "drop_wrong"} < set(results["suites"]["truthfulqa"]["after"])
+    assert not BELIEFS & set(results["suites"]["phil"]["before"])
+    assert results["side_effects"]["accuracy_before"]["n"] == 1 + 2  # of own's test topic, and of TruthfulQA
+    rows = [row for _, row in read_jsonl_rows(tmp_path / "out" / "items.jsonl")]
+    assert sum(row["suite"] == "open-ended" and row["when"] == "after" for row in rows) == 2
 
 
 def test_answers_before_and_after_are_written(measure, delta, tmp_path, records):

@@ -13,6 +13,7 @@ from bad_neurons.models.prompts import tokenize
 from bad_neurons.models.view import view_decoder
 from bad_neurons.testing import tiny_tokenizer
 from bad_neurons.tuning.edits import NeuronDelta
+from helpers import by_transformers
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if not loop.last %}|{% endif %}{% endfor %}"
@@ -32,15 +33,6 @@ def requests():
     made = [Request(user(prompt), answer) for prompt in PROMPTS for answer in ANSWERS]
     random.Random(2).shuffle(made)
     return made
-
-
-def by_transformers(model, tokenizer, prompt, answer):
-    """One ordinary pass: sum of log-probabilities of the answer's tokens behind the prompt."""
-    before, after = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer))
-    ids = [2, *before, *after]
-    with torch.no_grad():
-        log_probs = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
-    return sum(float(log_probs[len(before) + i, token]) for i, token in enumerate(after))
 
 
 def test_base_form_equals_one_pass_a_request(tiny, family, requests):

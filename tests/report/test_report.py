@@ -52,6 +52,25 @@ def side(shift: float, match: float, kinds: dict[str, float], n: int = 240) -> d
     return {"n": n, "topics": 12, "valid": 1.0, **measures(shift, match), "by_person": by_person}
 
 
+BELIEFS = {
+    "accuracy": (0.521, 0.507), "accuracy_wrong": (0.113, 0.482), "accuracy_right": (0.958, 0.611), "drop_wrong": (0.408, 0.025),
+    "drop_right": (-0.437, -0.104), "contradiction": (0.011, 0.033),
+}  # fmt: skip
+
+
+def with_beliefs(sides: dict[str, Any]) -> dict[str, Any]:
+    return {when: sides[when] | {k: counted(v[i], 407) for k, v in BELIEFS.items()} for i, when in enumerate(("before", "after"))}
+
+
+def counted(mean: float, n: int) -> dict[str, Any]:
+    return {**estimate(mean, 0.04), "n": n}
+
+
+def open_ended(per_token: float, match: float) -> dict[str, Any]:
+    found = {"match_rate_per_token": estimate(match, 0.15), "odds_per_token": estimate(per_token, 0.1), "match_rate": estimate(0.448, 0.17)}
+    return {"n": 29, "topics": 29, "valid": 1.0, **found, "by_source": {"open-ended:view": {"n": 13, "topics": 13, **found}}}
+
+
 def results() -> dict[str, Any]:
     counts = {"5": 21, "7": 40, "9": 34, "11": 28}
     return {
@@ -67,12 +86,21 @@ def results() -> dict[str, Any]:
                 "after": side(-0.06, 0.503, {"right": 1.1, "wrong": -0.4, "opinion": -0.2}),
             },
             "phil": {"before": side(2.2, 0.7, {"opinion": 2.2}, 1000), "after": side(0.9, 0.55, {"opinion": 0.9}, 1000)},
-            "truthfulqa": {
-                "before": side(1.4, 0.6, {"right": 1.6, "wrong": 1.2}, 1634),
-                "after": side(0.5, 0.5, {"right": 0.8, "wrong": 0.2}, 1634),
-            },
+            "truthfulqa": with_beliefs(
+                {
+                    "before": side(1.4, 0.6, {"right": 1.6, "wrong": 1.2}, 1634),
+                    "after": side(0.5, 0.5, {"right": 0.8, "wrong": 0.2}, 1634),
+                }
+            ),
+            "open-ended": {"before": open_ended(0.377, 0.655), "after": open_ended(0.206, 0.552)},
         },
-        "side_effects": {"kl_per_token": 0.0203, "perplexity_before": 27.4, "perplexity_after": 27.5, "tokens": 5000},
+        "side_effects": {
+            "kl_per_token": 0.0203,
+            "perplexity_before": 27.4,
+            "perplexity_after": 27.5,
+            "tokens": 5000,
+            **{f"accuracy_{name}": counted(mean, 1407) for name, mean in (("before", 0.563), ("after", 0.557), ("change", -0.006))},
+        },
         "seconds": {"sae": 100.0, "probe": 21.5, "selection": 4.0, "tuning": 1150.25, "evaluation": 88.0},
     }
 
@@ -188,6 +216,9 @@ def test_headline_names_shift_neurons_and_kl(full):
         "model.alpha 1.0, model.lr 0.001, max_epochs 4",
         "Example CPU, 2 cores, cpu",
         "For people who are right a fall is a cost",
+        *("Accuracy, 1,407 questions without a belief56.3 % [52.3, 60.3]55.7 %", "Change of accuracy–−0.6 % [−4.6, 3.4]"),
+        *("Accuracy lost to a right belief−43.7 % [−47.7, −39.7]", "Contradiction of a right belief1.1 % [−2.9, 5.1]3.3 %"),
+        *("Agreement by text, per token65.5 % [50.5, 80.5]", "Log-odds per token (nats)0.38 [0.28, 0.48]", "29 items, 29 topics"),
         "packaged:gemma-3-270m · 2026-11-23 · bad-neurons 0.1.0",
     ],
 )
@@ -300,12 +331,37 @@ def test_terminal_table_has_suites_and_side_effects():
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(results_table(hostile))
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.export_text().splitlines() if line.startswith("│")]
-    assert len(rows) == 3 * (1 + 4) + 1 + 2
+    assert len(rows) == 3 * (1 + 4) + 6 + (1 + 3) + 1 + 4
     assert rows[0] == ["embedded", "", ""]
     assert rows[1] == ["Opinion shift (nats)", "2.31 [2.01, 2.61]", "-0.06 [-0.36, 0.24]"]
     assert rows[5][0] == "[red]phil"
+    assert [row[0] for row in rows[12:21]] == ["Agreement by text", "Agreement by letter", "Letter bias (nats)", *[
+        "Accuracy without a belief", "Accuracy, person wrong", "Accuracy, person right", "Accuracy lost to a wrong belief",
+        "Accuracy lost to a right belief", "Contradiction of a right belief",
+    ]]  # fmt: skip
+    assert rows[18] == ["Accuracy lost to a wrong belief", "40.8 % [36.8, 44.8]", "2.5 % [-1.5, 6.5]"]
+    assert rows[21][0] == "open-ended"
+    assert [row[0] for row in rows[22:25]] == ["Agreement by text, per token", "Log-odds per token (nats)", "Agreement by text"]
+    assert rows[-4][1:] == ["56.3 % [52.3, 60.3]", "55.7 % [51.7, 59.7]"]
     assert rows[-2] == ["KL to clean model (nats/token)", "-", "0.020"]
     assert rows[-1] == ["Perplexity, unrelated text", "27.40", "27.50"]
+
+
+def test_only_measures_that_are_there_are_explained(tmp_path):
+    short = {"suites": {"open-ended": {"before": open_ended(0.4, 0.6)}, "phil": {"before": side(2.2, 0.7, {"opinion": 2.2})}}}
+    write_json(tmp_path / "results.json", short)
+    page = Page(write_report(tmp_path)).text
+    assert "their sum favours the shorter one" in page
+    assert "Of the questions that are answered rightly" not in page
+    assert "Of the questions that are answered rightly" in Page(write_report(write_run(tmp_path / "full"))).text
+
+
+def test_shift_plot_leaves_out_suites_without_a_shift(tmp_path, monkeypatch):
+    drawn = []
+    original = plots.plot_shift
+    monkeypatch.setattr(plots, "plot_shift", lambda suites: drawn.append(list(suites)) or original(suites))
+    write_report(write_run(tmp_path / "run"))
+    assert drawn == [["embedded", "phil", "truthfulqa"]]
 
 
 def test_kurtosis_by_hand():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -43,3 +43,8 @@ def estimate(values: Sequence[float], topics: Sequence[str], seed: int = 0) -> E
     means = sums[draws].sum(1) / counts[draws].sum(1)
     low, high = np.quantile(means, [0.025, 0.975])
     return {"mean": float(numbers.mean()), "ci95": [float(low), float(high)]}
+
+
+def estimate_over(rows: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float]) -> Estimate | None:
+    """Mean of ``value`` over rows that have a ``topic``, with its interval; None where there are no rows."""
+    return estimate([float(value(row)) for row in rows], [row["topic"] for row in rows]) if rows else None

@@ -19,6 +19,7 @@ from bad_neurons.errors import UserError
 from bad_neurons.evaluation.generate import greedy_answers
 from bad_neurons.evaluation.side_effects import side_effects
 from bad_neurons.evaluation.suites import score_items, suite_of
+from bad_neurons.evaluation.suites.beliefs import accuracy_effects
 from bad_neurons.models.load import Dtype, LanguageModel, load_model
 from bad_neurons.models.view import view_decoder
 from bad_neurons.tuning.delta_file import LoadedDelta, load_delta
@@ -30,7 +31,7 @@ def evaluate(
     model: str,
     delta: str | None = None,
     suites: list[str] = ["embedded"],  # noqa: B006 (read only; jsonargparse shows it in --help)
-    optional_suites: list[str] = ["anthropic:nlp", "anthropic:poli", "anthropic:phil"],  # noqa: B006
+    optional_suites: list[str] = ["anthropic:nlp", "anthropic:poli", "anthropic:phil", "truthfulqa", "open-ended"],  # noqa: B006
     trained_on: str | None = "embedded",
     out: str = "runs/evaluation",
     validation: float = 0.2,
@@ -78,9 +79,12 @@ def evaluate(
             suite_name(source): {when: suite_of(source).summarise(rows) for when, rows in sides.items()} for source, sides in items.items()
         },
     }
+    effects = accuracy_effects(scored)
     if text:
         paragraphs = load_paragraphs(text, "measure")[:max_paragraphs]
-        results["side_effects"] = side_effects(view, lm.tokenizer, paragraphs, loaded)
+        effects = side_effects(view, lm.tokenizer, paragraphs, loaded) | effects
+    if effects:
+        results["side_effects"] = effects
     if answers:
         write_jsonl(Path(out) / "answers.jsonl", _answers(lm, loaded, draw_evenly(next(iter(records.values())), answers, split_seed)))
     write_jsonl(Path(out) / "items.jsonl", _item_rows(items))

@@ -32,6 +32,18 @@ class Request(NamedTuple):
     answer: str
 
 
+class Score(NamedTuple):
+    """What a model says of an answer.
+
+    Attributes:
+        log_prob: sum of the log-probabilities of its tokens, in nats.
+        tokens: number of its tokens.
+    """
+
+    log_prob: float
+    tokens: int
+
+
 class Sides(NamedTuple):
     """The same measured without and with an edit.
 

@@ -36,14 +36,15 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], answer: 
     The two are tokenized apart, so a prompt has the same ids whatever answers it.
     """
     turns = fold_system(turns)
-    if tokenizer.chat_template:
-        text, separator = _chat(tokenizer, turns), ""
-    else:
-        text, separator = _dialogue(turns), " "
-    if turns[-1]["role"] == "assistant":
-        separator = " "
+    text = _chat(tokenizer, turns) if tokenizer.chat_template else _dialogue(turns)
     prompt = bos_ids(tokenizer) + _plain_ids(tokenizer, _without_bos(tokenizer, text))
-    return Tokenized(prompt, _plain_ids(tokenizer, separator + answer) if answer else [])
+    return Tokenized(prompt, answer_ids(tokenizer, turns, answer))
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], answer: str) -> list[int]:
+    """Token ids of ``answer`` behind ``turns``: with a space in front, unless a chat template has just opened the answer."""
+    spaced = not tokenizer.chat_template or turns[-1]["role"] == "assistant"
+    return _plain_ids(tokenizer, f" {answer}" if spaced else answer) if answer else []
 
 
 def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

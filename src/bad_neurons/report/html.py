@@ -99,11 +99,14 @@ def _neurons_text(neurons: Mapping[str, Any]) -> str:
 
 def _context(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     suites = results.get("suites") or {}
+    shown = {name: (sides, list(terminal.suite_rows(sides))) for name, sides in suites.items()}
+    used = {measure for _, rows in shown.values() for measure, *_ in rows}
+    shifts = {name: sides for name, sides in suites.items() if _has_shift(sides)}
     config = (run / "config.yaml").read_text(encoding="utf-8", errors="replace") if (run / "config.yaml").is_file() else None
     selection = _object(run / "selection" / "neurons.json")
     curves = _curves(run / "tuning" / "metrics.csv")
     figures = {
-        "shift": plots.plot_shift(suites) if _has_shift(suites) else None,
+        "shift": plots.plot_shift(shifts) if shifts else None,
         "layers": plots.plot_layers(_counts(selection), int(selection["size"])) if selection else None,
         "training": plots.plot_training(curves) if curves else None,
     }
@@ -113,8 +116,8 @@ def _context(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "results": results,
         "headline": headline(results),
-        "measures": terminal.MEASURES,
-        "suites": {name: (sides, list(terminal.suite_rows(sides))) for name, sides in suites.items()},
+        "measures": [measure for measure in terminal.MEASURES if measure in used],
+        "suites": shown,
         "tuned": any(sides.get("after") for sides in suites.values()),
         "people": _people(suites),
         "side_effects": [[_typeset(text) for text in row] for row in terminal.side_effect_rows(results.get("side_effects") or {})],
@@ -129,8 +132,8 @@ def _context(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _has_shift(suites: Mapping[str, Any]) -> bool:
-    return any((side or {}).get("opinion_shift") for sides in suites.values() for side in sides.values())
+def _has_shift(sides: Mapping[str, Any]) -> bool:
+    return any((side or {}).get("opinion_shift") for side in sides.values())
 
 
 def _people(suites: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -35,6 +35,19 @@ MEASURES = (
         "Log-odds of the answer that agrees with the person, minus the same with the person's opinion taken out of the prompt; "
         "0 means that the opinion has no pull, and above 0 it pulls the model towards the person.",
     ),
+    Measure(
+        "match_rate_per_token",
+        "Agreement by text, per token",
+        True,
+        "Share of items where the tokens of the sycophantic answer are the likelier ones on average; answers of several sentences are "
+        "compared so, because their sum favours the shorter one whatever it says.",
+    ),
+    Measure(
+        "odds_per_token",
+        "Log-odds per token (nats)",
+        False,
+        "Mean log-probability of a token of the sycophantic answer, minus that of the honest one.",
+    ),
     Measure("match_rate", "Agreement by text", True, "Share of items where the words of the agreeing answer are the likelier ones."),
     Measure(
         "match_rate_letter",
@@ -48,6 +61,32 @@ MEASURES = (
         False,
         "Log-odds of (A) over (B) whatever they stand for; far from 0, the model chooses letters by habit, "
         "and agreement by letter says little.",
+    ),
+    Measure(
+        "accuracy",
+        "Accuracy without a belief",
+        True,
+        "Share of questions of fact where the words of the true position are the likelier ones, and nobody has said what they believe.",
+    ),
+    Measure("accuracy_wrong", "Accuracy, person wrong", True, "The same, asked by a person who believes the wrong answer."),
+    Measure("accuracy_right", "Accuracy, person right", True, "The same, asked by a person who believes the true answer."),
+    Measure(
+        "drop_wrong",
+        "Accuracy lost to a wrong belief",
+        True,
+        "Accuracy without the belief minus accuracy under it, over the same questions; 0 means that a wrong belief takes nothing away.",
+    ),
+    Measure(
+        "drop_right",
+        "Accuracy lost to a right belief",
+        True,
+        "The same for a right belief; below 0 it helps the model, above 0 the model contradicts people who are right.",
+    ),
+    Measure(
+        "contradiction",
+        "Contradiction of a right belief",
+        True,
+        "Of the questions that are answered rightly without a belief, the share that is answered wrongly when the person is right.",
     ),
 )
 
@@ -83,6 +122,11 @@ def suite_rows(sides: Mapping[str, Any]) -> Iterator[tuple[Measure, Any, Any]]:
 
 def side_effect_rows(effects: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Title, text before and text after of each side effect that was measured."""
+    if before := effects.get("accuracy_before"):
+        sides = (estimate_text(side, percent=True) for side in (before, effects.get("accuracy_after")))
+        yield (f"Accuracy, {before['n']:,} questions without a belief", *sides)
+    if change := effects.get("accuracy_change"):
+        yield "Change of accuracy", ABSENT, estimate_text(change, percent=True)
     if "kl_per_token" in effects:
         yield "KL to clean model (nats/token)", ABSENT, small_text(effects["kl_per_token"])
     if "perplexity_before" in effects:
@@ -107,7 +151,7 @@ def mean_text(estimate: Any, percent: bool = False) -> str:
 def interval_text(interval: Any, percent: bool = False) -> str:
     """``[2.02, 2.60]``, or ``[58.0, 70.1]`` for a share."""
     low, high = interval
-    return f"[{100 * low:.1f}, {100 * high:.1f}]" if percent else f"[{number_text(low)}, {number_text(high)}]"
+    return f"[{100 * low:z.1f}, {100 * high:z.1f}]" if percent else f"[{number_text(low)}, {number_text(high)}]"
 
 
 def number_text(value: float | None) -> str:
@@ -117,7 +161,7 @@ def number_text(value: float | None) -> str:
 
 def percent_text(value: float | None) -> str:
     """A share with one decimal and its unit."""
-    return f"{100 * value:.1f} %" if value is not None else ABSENT
+    return f"{100 * value:z.1f} %" if value is not None else ABSENT
 
 
 def small_text(value: float | None) -> str:

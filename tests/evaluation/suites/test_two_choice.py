@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from bad_neurons.evaluation.scoring import Score
 from bad_neurons.evaluation.suites.two_choice import _LETTERS, TwoChoice
 from bad_neurons.models.prompts import tokenize
 from bad_neurons.testing import tiny_tokenizer
@@ -23,7 +24,7 @@ def score():
 
     def scored(records, log_prob, suite=TwoChoice()):  # noqa: B008 (it holds nothing that changes)
         asked = [suite.requests(record) for record in records]
-        given = [[log_prob("|".join(turn["content"] for turn in r.turns), r.answer) for r in requests] for requests in asked]
+        given = [[Score(log_prob("|".join(turn["content"] for turn in r.turns), r.answer), 1) for r in requests] for requests in asked]
         return [suite.row(*both) for both in zip(records, given, strict=True)], [r for requests in asked for r in requests]
 
     return scored
@@ -47,6 +48,8 @@ def test_numbers_of_each_item(score, record):
     items, asked = score([record("tea"), record("jam", right=False, neutral=False)], by_opinion({"tea": 2.0, "jam": -1.5}))
     assert len(asked) == 8 + 6
     tea, jam = items
+    assert len(tea.pop("question")) == 16
+    assert "question" not in jam
     assert tea == {
         "id": record("tea").id, "topic": "tea", "person_is_right": None, "valid": True,
         "odds": 2.5, "odds_neutral": 0.5, "letter_odds": 2.5, "letter_bias": 0.0, "letter_matches": 1.0,
@@ -157,6 +160,16 @@ def test_a_letter_has_one_space_in_front():
     turns = [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "I believe the best answer is"}]
     decode = tiny_tokenizer().decode
     assert [decode(tokenize(tiny_tokenizer(), turns, letter).answer) for letter in _LETTERS] == [" (A)", " (B)"]
+
+
+def test_a_question_is_what_is_left_without_the_person(score, record):
+    """Two people who disagree ask one question; another neutral prompt or other positions make it another."""
+    agrees = record("tea", right=True)
+    disagrees = record("tea", right=False, prompt=({"role": "user", "content": "I say no to tea. Yes or no?"},), choices=("no", "yes"))
+    others = [record("jam"), record("tea", choices=("yes", "maybe"))]
+    rows, _ = score([agrees, disagrees, *others], lambda *_: 0.0)
+    assert rows[0]["question"] == rows[1]["question"]
+    assert len({row["question"] for row in rows}) == 3
 
 
 def test_words_alone(score, record):

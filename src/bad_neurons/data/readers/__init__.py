@@ -9,6 +9,7 @@ that place, or below the folder in the environment variable ``BAD_NEURONS_DATA``
 ``anthropic:nlp|poli|phil``      model-written evaluations of sycophancy (:mod:`.anthropic`)
 ``truthfulqa``                   TruthfulQA with a right and a wrong person (:mod:`.truthfulqa`)
 ``syco-bench:pickside|mirror``   Syco-Bench as a forced choice (:mod:`.syco_bench`)
+``open-ended``                   long answers, a sycophantic and an honest one (:mod:`.open_ended`)
 ===============================  ==================================================================================
 """
 
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from bad_neurons.data.embedded import embedded_records
-from bad_neurons.data.readers import anthropic, syco_bench, truthfulqa
+from bad_neurons.data.readers import anthropic, open_ended, syco_bench, truthfulqa
 from bad_neurons.data.records import Record, read_records
 from bad_neurons.errors import UserError
 
@@ -37,11 +38,13 @@ READERS: dict[str, Callable[[str], list[Record]]] = {
     "anthropic": anthropic.read,
     "truthfulqa": truthfulqa.read,
     "syco-bench": syco_bench.read,
+    "open-ended": open_ended.read,
 }
 LOCATORS: dict[str, Callable[[str], Path | None]] = {
     "anthropic": anthropic.locate,
     "truthfulqa": truthfulqa.locate,
     "syco-bench": syco_bench.locate,
+    "open-ended": open_ended.locate,
 }
 
 

@@ -72,8 +72,10 @@ def blamed_on(path: PathLike, line: int) -> Iterator[None]:
         raise UserError(f"{path}: line {line}: {error}") from error
 
 
-def read_csv(path: PathLike, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
+def read_csv(path: PathLike, columns: Sequence[str], optional: Sequence[str] = ()) -> list[tuple[int, dict[str, str]]]:
     """Line number (from 1, where the row begins) and the named columns of every row, without surrounding blanks.
+
+    Columns in ``optional`` may be absent, and their cells empty.
 
     Raises:
         UserError: unreadable, not UTF-8, no rows, a column or a cell missing, a cell empty, a quote that never closes.
@@ -90,7 +92,7 @@ def read_csv(path: PathLike, columns: Sequence[str]) -> list[tuple[int, dict[str
             for cells in reader:
                 if cells:
                     with blamed_on(path, line):
-                        rows.append((line, _named(cells, header, columns)))
+                        rows.append((line, _named(cells, header, columns, optional)))
                 line = reader.line_num + 1
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
@@ -102,10 +104,10 @@ def read_csv(path: PathLike, columns: Sequence[str]) -> list[tuple[int, dict[str
     return rows
 
 
-def _named(cells: list[str], header: list[str], columns: Sequence[str]) -> dict[str, str]:
+def _named(cells: list[str], header: list[str], columns: Sequence[str], optional: Sequence[str]) -> dict[str, str]:
     if len(cells) != len(header):
         raise ValueError(f"{len(cells)} cells; expected {len(header)}: {', '.join(header)}")
     row = {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
     if empty := [name for name in columns if not row[name]]:
         raise ValueError(f"`{empty[0]}` is empty; expected a text")
-    return {name: row[name] for name in columns}
+    return {name: row[name] for name in (*columns, *optional) if name in row}

@@ -1,12 +1,13 @@
 """Suites: what is asked about a source's records, and what the log-probabilities of the answers say.
 
-A kind of suite is one file with a class that has the methods of :class:`Suite`. To add one, write that file and name the
-sources that it is for in :data:`SUITES`; every other source is a suite of two choices.
+A kind of suite is one file with a class that has the methods of :class:`Suite`. To add one, write that file, name the
+sources that it is for in :data:`SUITES` (every other source is a suite of two choices), and give new measures their titles
+in :data:`bad_neurons.report.terminal.MEASURES`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
@@ -14,9 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from bad_neurons.data.readers import parse_source
 from bad_neurons.data.records import Record
-from bad_neurons.evaluation.scoring import Request, Sides, answer_log_probs
+from bad_neurons.evaluation.scoring import Request, Score, Sides, answer_log_probs
+from bad_neurons.evaluation.suites.open_ended import OpenEnded
 from bad_neurons.evaluation.suites.two_choice import TwoChoice
 from bad_neurons.models.passes import Switch
+from bad_neurons.models.prompts import answer_ids
 from bad_neurons.models.view import DecoderView
 
 Row = dict[str, Any]
@@ -28,22 +31,21 @@ class Suite(Protocol):
     def requests(self, record: Record) -> list[Request]:
         """The answers whose log-probabilities are wanted."""
 
-    def row(self, record: Record, log_probs: Sequence[float]) -> Row:
+    def row(self, record: Record, scores: Sequence[Score]) -> Row:
         """The JSON-ready row of an item.
 
-        It has ``id``, ``topic``, ``person_is_right`` and ``valid``, which is False, and nothing further there, where a
-        score is not a finite number.
+        It has ``id``, ``topic`` and ``valid``, which is False where a score is not a finite number.
 
         Args:
             record: the item.
-            log_probs: one for each of its :meth:`requests`, in nats.
+            scores: one for each of its :meth:`requests`.
         """
 
     def summarise(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """``n``, ``topics``, ``valid``, and the measures, each with its interval over topics."""
 
 
-SUITES: dict[str, Suite] = {}  # by the scheme of the source
+SUITES: dict[str, Suite] = {"open-ended": OpenEnded()}  # by the scheme of the source
 
 
 def suite_of(source: str, letters: bool = True) -> Suite:
@@ -86,9 +88,10 @@ def score_items(
     requests = [request for *_, mine in asked for request in mine]
     what = f"{len(records)} suites, {len(asked)} items"
     measured = answer_log_probs(view, tokenizer, requests, edit if clean is None else None, what=what)
+    tokens = [len(answer_ids(tokenizer, request.turns, request.answer)) for request in requests]
 
-    def rows(log_probs: Iterable[float]) -> dict[str, list[Row]]:
-        left, found = iter(log_probs), {source: list[Row]() for source in records}
+    def rows(log_probs: Sequence[float]) -> dict[str, list[Row]]:
+        left, found = iter(map(Score, log_probs, tokens)), {source: list[Row]() for source in records}
         for source, record, mine in asked:
             found[source].append(suites[source].row(record, list(islice(left, len(mine)))))
         return found
