@@ -21,6 +21,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "select": ("bad_neurons.stages", "select_command", "decode the probe into neurons and choose some of them"),
     "tune": ("bad_neurons.stages", "tune_command", "retrain the chosen neurons: tune fit|validate|test"),
     "evaluate": ("bad_neurons.stages", "evaluate_command", "measure a model, with and without a delta"),
+    "judge": ("bad_neurons.stages", "judge_command", "answer Syco-Bench and let judges score the answers, with and without a delta"),
+    "judge-agreement": ("bad_neurons.stages", "judge_agreement_command", "how well judges agree with published scores"),
     "export": ("bad_neurons.stages", "export_command", "merge a delta into an ordinary Hugging Face folder"),
     "report": ("bad_neurons.stages", "report_command", "write report.html for a run folder"),
 }

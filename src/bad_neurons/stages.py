@@ -129,6 +129,24 @@ def evaluate_command(arguments: list[str]) -> None:
     _show(results_table(_function(evaluate, "evaluate", arguments)))
 
 
+def judge_command(arguments: list[str]) -> None:
+    """``bad-neurons judge``."""
+    from bad_neurons.evaluation.judged.stage import judge
+    from bad_neurons.evaluation.judged.tables import judged_table
+
+    _show(judged_table(_function(judge, "judge", arguments)))
+
+
+def judge_agreement_command(arguments: list[str]) -> None:
+    """``bad-neurons judge-agreement``."""
+    from rich.markdown import Markdown
+
+    from bad_neurons.evaluation.judged.agreement_stage import judge_agreement
+    from bad_neurons.evaluation.judged.tables import agreement_markdown
+
+    _show(Markdown(agreement_markdown(_function(judge_agreement, "judge-agreement", arguments))))
+
+
 def export_command(arguments: list[str]) -> None:
     """``bad-neurons export``."""
     from bad_neurons.export import export

@@ -6,7 +6,7 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import lightning as L
 import torch
@@ -228,7 +228,18 @@ class EpochOrder(RandomSampler):
         yield from super().__iter__()
 
 
-def draw_evenly(records: Sequence[Record], limit: int, seed: int) -> list[Record]:
+class HasTopic(Protocol):
+    """What can be drawn evenly over topics."""
+
+    @property
+    def topic(self) -> str:
+        """What it is about."""
+
+
+Topical = TypeVar("Topical", bound=HasTopic)
+
+
+def draw_evenly(records: Sequence[Topical], limit: int, seed: int) -> list[Topical]:
     """At most ``limit`` records (0: all), one topic after the other so that all topics stay in."""
     shuffled = list(records)
     random.Random(seed).shuffle(shuffled)
