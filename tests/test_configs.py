@@ -56,7 +56,8 @@ def test_stage_configuration(path, capsys):
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
 def test_run_configuration(path, tmp_path, capsys):
-    for stage in plan(read_run_config(path), tmp_path):
+    for make in plan(read_run_config(path), tmp_path).values():
+        stage = make()
         assert given(stage.config, parsed(list(stage.command), written(stage, tmp_path), capsys)) == [], stage.name
 
 

@@ -141,17 +141,18 @@ def test_stage_configuration_runs_alone(finished, tmp_path):
 
 
 def test_two_stages_never_write_to_one_place(finished):
-    stages = plan(read_run_config(finished / "run.yaml"), Path("somewhere"))
+    planned = plan(read_run_config(finished / "run.yaml"), Path("somewhere"))
+    stages = [make() for make in planned.values()]
     outputs = [path for stage in stages for path in stage.outputs]
-    assert [stage.name for stage in stages] == STAGES
+    assert [stage.name for stage in stages] == list(planned) == STAGES
     assert len(set(outputs)) == len(outputs)
 
 
 def test_pretrained_saes_need_no_sae_stage(finished):
     config = read_run_config(finished / "run.yaml") | {"sae": "gemma-scope-2b-pt-mlp-canonical:layer_{layer}/width_16k/canonical"}
     stages = plan(config, Path("somewhere"))
-    assert [stage.name for stage in stages] == STAGES[1:]
-    assert stages[0].config["data"]["sae"] == config["sae"]
+    assert list(stages) == STAGES[1:]
+    assert stages["probe"]().config["data"]["sae"] == config["sae"]
 
 
 def copy_of(finished: Path, tmp_path: Path) -> Path:
@@ -169,7 +170,8 @@ def rename_paths(run: Path, old: str, new: str) -> None:
     """Stage keys contain paths; stamp the copy as if it had been made in its own place."""
     from bad_neurons import run as module
 
-    for stage in plan(read_run_config(run.parent / "run.yaml"), run):
+    for make in plan(read_run_config(run.parent / "run.yaml"), run).values():
+        stage = make()
         stamp = run / stage.name / "stage.json"
         content = read(stamp)
         content["key"] = module.stage_key(stage)

@@ -2,13 +2,14 @@
 
 What stages share (model, layers, records, split) stands once at the top of the YAML file; a section a stage holds that
 stage's own options and wins over everything that is filled in here. To add a stage, write the function that makes its
-:class:`Stage` and call it in :func:`plan`.
+:class:`Stage` and name it in :func:`plan`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ import yaml
 
 from bad_neurons.data.splits import sources_of
 from bad_neurons.errors import UserError
+from bad_neurons.run_layers import LayerChoice, check_layers
 
 Config = dict[str, Any]
 
 _SHARED = ("out", "model", "layers", "records", "validation", "test", "split_seed", "seed")
-_SECTIONS = ("sae", "probe", "select", "tune", "evaluate")
+_SECTIONS = ("sae", "probe", "probes", "select", "tune", "evaluate")
+# What the choice of layers takes over from the section `probe`: the layers are to serve that probe.
+_OF_THE_PROBE = ("l2", "pool", "tokens", "max_records", "dtype", "sae_gb")
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,10 @@ def read_run_config(path: Path) -> Config:
     for key in ("model", "layers", "out"):
         if key not in config:
             raise UserError(f"{path}: `{key}` is missing")
+    for key in _SECTIONS:
+        if not isinstance(config.get(key), dict | (str | None if key == "sae" else None)):
+            raise UserError(f"{path}: {key}: expected the stage's options by name, not {config[key]!r}")
+    check_layers(config["layers"], str(path))
     return config
 
 
@@ -103,9 +111,15 @@ class _Run:
     def sae(self) -> str:
         return self.pretrained_sae or str(self.folder / "sae")
 
-    @property
-    def sae_folders(self) -> tuple[Path, ...]:
-        return tuple(self.folder / "sae" / f"layer-{layer}" for layer in self.config["layers"])
+    def sae_folders(self, layers: list[int]) -> tuple[Path, ...]:
+        """Folders of the layers' SAEs that the run itself trains."""
+        return () if self.pretrained_sae else tuple(self.folder / "sae" / f"layer-{layer}" for layer in layers)
+
+    @cached_property
+    def choice(self) -> LayerChoice:
+        named = None if self.pretrained_sae else (self.section("sae").get("data") or {}).get("layers")
+        chosen = self.folder / "layers" / "layers.json"
+        return LayerChoice(self.config["layers"], self.model, chosen, self.pretrained_sae is not None, named)
 
     @property
     def neurons(self) -> Path:
@@ -119,32 +133,70 @@ class _Run:
         return self.folder / name / "probe.safetensors"
 
     def section(self, name: str) -> Config:
-        return self.config.get(name) or {}
+        section = self.config.get(name)
+        return section if isinstance(section, dict) else {}
 
 
-def plan(config: Config, folder: Path) -> list[Stage]:
-    """The stages of a run in order, each with its complete configuration."""
+def plan(config: Config, folder: Path) -> dict[str, Callable[[], Stage]]:
+    """The stages of a run in order: by name, a function that gives the stage with its complete configuration.
+
+    The configuration of a stage may hold what an earlier one found (the chosen layers), so a function is to be called when
+    the stages before it are done.
+    """
     run = _Run(config, folder)
-    stages = [] if run.pretrained_sae else [_sae(run)]
-    stages += [_probe(run, "probe", "sae"), _probe(run, "probe-residual", "residual")]
-    return [*stages, _selection(run), _tuning(run), _evaluation(run)]
+    saes = {} if run.pretrained_sae else {"sae": partial(_sae, run)}
+    layers = {} if run.choice.greedy is None else {"layers": partial(_layers, run)}
+    first = {**saes, **layers} if run.choice.on_sae else {**layers, **saes}
+    compared = {"probes": partial(_probes, run)} if "probes" in config else {}
+    return {
+        **first,
+        "probe": partial(_probe, run, "probe", "sae"),
+        "probe-residual": partial(_probe, run, "probe-residual", "residual"),
+        **compared,
+        "selection": partial(_selection, run),
+        "tuning": partial(_tuning, run),
+        "evaluation": partial(_evaluation, run),
+    }
+
+
+def _layers(run: _Run) -> Stage:
+    choice, folder = run.choice, run.choice.chosen.parent
+    probe = {**(run.section("probe").get("model") or {}), **(run.section("probe").get("data") or {})}
+    own: Config = {"model": run.model, "records": run.records, **run.split, **{key: probe[key] for key in _OF_THE_PROBE if key in probe}}
+    inputs = run.record_files
+    if choice.on_sae:
+        own |= {"sae": run.sae} | ({} if run.pretrained_sae else {"candidates": choice.candidates})
+        inputs += run.sae_folders(choice.candidates)
+    config = _merge(own, {"folder": str(folder / "features"), "out": str(folder)}, choice.greedy or {})
+    return Stage("layers", ("layers",), config, inputs, (choice.chosen, folder / "layers.png"))
 
 
 def _sae(run: _Run) -> Stage:
+    layers = run.choice.candidates if run.choice.on_sae else run.choice.layers
     topics = {"validation_topics": run.split["validation"], "test_topics": run.split["test"], "split_seed": run.split["split_seed"]}
-    data = {"model": run.model, "layers": run.config["layers"], "records": run.records, **topics}
+    data = {"model": run.model, "layers": layers, "records": run.records, **topics}
     own = {"model": {"out": run.sae}, "data": {**data, "folder": str(run.folder / "sae" / "activations")}}
-    outputs = tuple(folder / "cfg.json" for folder in run.sae_folders)
-    return Stage("sae", ("sae", "fit"), _merge(run.seed, own, run.section("sae")), run.record_files, outputs)
+    config = _merge(run.seed, own, run.section("sae"))
+    outputs = tuple(folder / "cfg.json" for folder in run.sae_folders(config["data"]["layers"]))
+    return Stage("sae", ("sae", "fit"), config, run.record_files, outputs)
 
 
 def _probe(run: _Run, name: str, features: str) -> Stage:
-    data = {"model": run.model, "layers": run.config["layers"], "records": run.records, **run.split, "sae": run.sae, "features": features}
+    layers = run.choice.layers
+    data = {"model": run.model, "layers": layers, "records": run.records, **run.split, "sae": run.sae, "features": features}
     # Both probes read one set of features, extracted in one pass.
     own = {"model": {"out": str(run.folder / name)}, "data": {**data, "folder": str(run.folder / "probe" / "features")}}
-    inputs = run.record_files + (() if run.pretrained_sae else run.sae_folders)
+    inputs = run.record_files + run.sae_folders(layers)
     outputs = (run.probe(name), run.folder / name / "metrics.json")
     return Stage(name, ("probe", "fit"), _merge(run.seed, own, run.section("probe")), inputs, outputs)
+
+
+def _probes(run: _Run) -> Stage:
+    folder, layers = run.folder / "probes", run.choice.layers
+    own = {"model": run.model, "layers": layers, "sae": run.sae, "records": run.records, **run.split}
+    config = _merge(own, {"folder": str(folder / "features"), "out": str(folder)}, run.section("probes"))
+    outputs = tuple(folder / f"probes.{kind}" for kind in ("json", "csv", "png"))
+    return Stage("probes", ("probes",), config, run.record_files + run.sae_folders(layers), outputs)
 
 
 def _selection(run: _Run) -> Stage:

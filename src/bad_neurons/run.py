@@ -51,11 +51,11 @@ def run(config_path: Path, out: str | None = None, force: list[str] | None = Non
     config = read_run_config(config_path)
     folder = Path(out or config["out"])
     stages = plan(config, folder)
-    if unknown := set(force or []) - {stage.name for stage in stages}:
-        raise UserError(f"--force {sorted(unknown)[0]}: no such stage; there are {', '.join(s.name for s in stages)}")
+    if unknown := set(force or []) - set(stages):
+        raise UserError(f"--force {sorted(unknown)[0]}: no such stage; there are {', '.join(stages)}")
     with written_aside(folder / "config.yaml") as aside:
         aside.write_text(config_path.read_text(encoding="utf-8"), encoding="utf-8")
-    ran = {stage.name: _run_stage(stage, folder, stage.name in (force or [])) for stage in stages}
+    ran = {name: _run_stage(stage(), folder, name in (force or [])) for name, stage in stages.items()}
     if any(now for _, now in ran.values()) or not _is_finished(folder):
         results = _finish(folder, {name: seconds for name, (seconds, _) in ran.items()})
     else:

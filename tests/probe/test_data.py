@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from bad_neurons.artifacts import write_jsonl
 from bad_neurons.data.records import Record, record_to_json
 from bad_neurons.data.splits import split_by_topic
 from bad_neurons.errors import UserError
-from bad_neurons.probe import data as data_module
+from bad_neurons.probe import answers as answers_module
 from bad_neurons.probe.data import ProbeDataModule
 from bad_neurons.probe.module import LinearProbe, read_probe
 from bad_neurons.sae.load import load_saes
@@ -56,12 +58,12 @@ def extracted(monkeypatch, tiny):
     texts = []
     decode = tiny().tokenizer.decode
 
-    def extract(view, examples, saes, layers, pool, tokens, folder, key, rank):
+    def extract(view, examples, saes, layers, poolings, folder, key, rank):
         texts[:] = [(decode(e.ids[: e.answer_start]), decode(e.ids[e.answer_start :])) for e in examples]
         number = torch.arange(float(len(examples)))[:, None]
-        return {f"residual.{layer}": number + 1000 * layer for layer in layers}
+        return SimpleNamespace(read=lambda pooling, features, layer: number + 1000 * layer)
 
-    monkeypatch.setattr(data_module, "extract_features", extract)
+    monkeypatch.setattr(answers_module, "extract_features", extract)
     return texts
 
 

@@ -155,7 +155,7 @@ def test_same_result_for_any_number_of_threads(problem):
         ({"budget": 6}, r"--budget 6: 1 to 5"),
         ({"y_train": torch.ones(N)}, r"training labels: 120 of 120 are 1"),
         ({"y_validation": torch.zeros(M)}, r"validation labels: 0 of 80 are 1"),
-        ({"train": {}}, r"--layers \[\]: one candidate layer or more"),
+        ({"train": {}}, r"--candidates \[\]: one layer or more"),
     ],
 )
 def test_options_that_make_no_sense(problem, changes, said):
@@ -228,8 +228,8 @@ def test_candidates_are_the_layers_that_have_an_sae(arguments, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (["--layers", "[1,9]"], "--layers: [9]: this model has layers 0 to 3"),
-        (["--layers", "[1,1]"], "--layers [1, 1]: one candidate layer or more, each of them once"),
+        (["--candidates", "[1,9]"], "--candidates: [9]: this model has layers 0 to 3"),
+        (["--candidates", "[1,1]"], "--candidates [1, 1]: one layer or more, each of them once"),
         (["--budget", "5"], "--budget 5: 1 to 4"),
         (["--l2", "0"], "--l2 0.0: above 0"),
         (["--score", "f1"], "score"),

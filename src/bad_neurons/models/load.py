@@ -67,6 +67,21 @@ def resolve_model(model: str) -> str:
     return str(packaged_folder(model.removeprefix(PREFIX))) if model.startswith(PREFIX) else model
 
 
+def layer_count(model: str) -> int:
+    """Number of decoder layers by the model's configuration: the weights of a large model need not be read for it.
+
+    Raises:
+        UserError: as :func:`load_model`.
+    """
+    from transformers import AutoConfig
+
+    try:
+        count: int = AutoConfig.from_pretrained(resolve_model(model)).get_text_config().num_hidden_layers
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(_explain(model, resolve_model(model), error)) from error
+    return count
+
+
 def resolve_device(device: str) -> str:
     """``auto`` as the first GPU, or the processor where there is none."""
     import torch

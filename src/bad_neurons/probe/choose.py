@@ -9,9 +9,9 @@ from rich.table import Table
 
 from bad_neurons.artifacts import write_json
 from bad_neurons.errors import UserError
-from bad_neurons.models.load import Dtype, load_model, resolve_model
-from bad_neurons.probe.data import Features, ProbeDataModule
-from bad_neurons.probe.features import Pool, Tokens
+from bad_neurons.models.load import Dtype, layer_count
+from bad_neurons.probe.data import ProbeDataModule
+from bad_neurons.probe.features import Features, Pool, Tokens
 from bad_neurons.probe.layers import LayerSelection, Score, Scores, check_options, select_layers
 
 FORMAT = "bad-neurons/layers/1"
@@ -20,7 +20,7 @@ TITLES: dict[str, str] = {"auroc": "AUROC", "accuracy": "accuracy", "log_loss": 
 
 def choose_layers(
     model: str,
-    layers: list[int] | None = None,
+    candidates: list[int] | None = None,
     sae: str | None = "runs/sae",
     features: Features = "sae",
     folder: str = "runs/layers/features",
@@ -42,7 +42,7 @@ def choose_layers(
 
     Args:
         model: ``packaged:<name>``, a folder, or a hub id.
-        layers: candidate layers; null means all that the folder of SAEs has, or all of the model.
+        candidates: layers to choose from; null means all that the folder of SAEs has, or all of the model.
         sae: folder of an SAE stage, or ``release:id`` with ``{layer}``; not read for ``residual`` features.
         features: ``sae`` features, or the ``residual`` activations themselves, which need no SAE.
         folder: where the features are kept.
@@ -65,7 +65,7 @@ def choose_layers(
         UserError: a layer that the model does not have, or an option out of range.
     """
     source = sae if features == "sae" else None
-    candidates = _candidates(model, source) if layers is None else sorted(layers)
+    candidates = candidate_layers(model, source) if candidates is None else sorted(candidates)
     check_options(candidates, l2, budget)
     try:
         data = ProbeDataModule(
@@ -75,7 +75,8 @@ def choose_layers(
         data.prepare_data()
         data.setup("fit")
     except UserError as error:
-        raise UserError(str(error).replace("--data.", "--")) from error  # here its options have no prefix
+        # Here its options have no prefix, and its layers are the candidates.
+        raise UserError(str(error).replace("--data.layers", "--candidates").replace("--data.", "--")) from error
     train, held_out = next(iter(data.train_dataloader())), next(iter(data.val_dataloader()))
     by_layer, by_layer_held_out = (dict(zip(candidates, side.x.split(data.widths, dim=1), strict=True)) for side in (train, held_out))
     selection = select_layers(by_layer, by_layer_held_out, train.y, held_out.y, l2, budget, score)
@@ -88,27 +89,19 @@ def choose_layers(
     return selection
 
 
-def _candidates(model: str, sae: str | None) -> list[int]:
-    """All layers that have an SAE in a folder of them, or all of the model."""
+def candidate_layers(model: str, sae: str | None) -> list[int]:
+    """All layers that have an SAE where ``sae`` is a folder of them, else all of the model.
+
+    Raises:
+        UserError: the folder has no SAE, or the model is not found.
+    """
     if not sae or not Path(sae).is_dir():
-        return list(range(_layer_count(model)))
+        return list(range(layer_count(model)))
     named = [path.name.removeprefix("layer-") for path in Path(sae).glob("layer-*")]
     found = sorted(int(number) for number in named if number.isdecimal())
     if not found:
         raise UserError(f"--sae {sae}: no layer-<number> in this folder; `bad-neurons sae fit` makes them")
     return found
-
-
-def _layer_count(model: str) -> int:
-    """Number of layers by the model's configuration: the weights of a large model need not be read for it."""
-    from transformers import AutoConfig
-
-    try:
-        count: int = AutoConfig.from_pretrained(resolve_model(model)).get_text_config().num_hidden_layers
-    except (OSError, ValueError, KeyError):
-        load_model(model)  # says in one line what is wrong with it
-        raise
-    return count
 
 
 def _write(out: Path, selection: LayerSelection, origin: dict[str, Any], options: dict[str, Any], examples: dict[str, int]) -> None:

@@ -1,14 +1,9 @@
-"""ProbeDataModule: labelled features for the probe.
-
-Label 1 is a sycophantic answer. An honest answer has label 0, also where it agrees with a person who is right: the probe
-is to find sycophancy, not agreement.
-"""
+"""ProbeDataModule: labelled features for the probe."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -16,19 +11,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from bad_neurons.artifacts import digest_path
-from bad_neurons.data.records import Record
 from bad_neurons.data.splits import load_split
 from bad_neurons.data.tuning import draw_evenly
 from bad_neurons.errors import UserError
-from bad_neurons.models.load import Dtype, load_model
-from bad_neurons.models.prompts import tokenize
-from bad_neurons.models.view import view_decoder
-from bad_neurons.probe.features import Example, Pool, Tokens, extract_features
-from bad_neurons.sae.load import SAEs, layer_folder
+from bad_neurons.models.load import Dtype
+from bad_neurons.probe.answers import answer_features
+from bad_neurons.probe.features import Features, Pool, Pooling, Tokens
 from bad_neurons.shards import rank_of
 
-Features = Literal["sae", "residual"]
 SIDES = ("train", "validation", "test")
 
 
@@ -97,8 +87,16 @@ class ProbeDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         if self._sides:
             return
-        features, labels, sides = self._extract()
-        blocks = [features[f"{self.features}.{layer}"] for layer in self.layers]
+        split = load_split(self.records, self.validation, self.test, self.split_seed)
+        limited = [draw_evenly(split.train, self.max_records, self.split_seed), split.validation, split.test]
+        records = [record for side in limited for record in side]
+        pooling = Pooling(self.pool, self.tokens)
+        answers = answer_features(
+            self.model, records, self.layers, self.sae, [pooling], self.folder, self.dtype, self.sae_gb, rank_of(self.trainer)
+        )
+        self.model_digest, labels = answers.model_digest, answers.labels
+        sides = torch.tensor([side for side, records in enumerate(limited) for _ in records])[answers.record]
+        blocks = [answers.features.read(pooling, self.features, layer) for layer in self.layers]
         self.widths = [block.shape[1] for block in blocks]
         x = torch.cat(blocks, dim=1)
         for number, side in enumerate(SIDES):
@@ -109,26 +107,6 @@ class ProbeDataModule(L.LightningDataModule):
                     f"records {self.records}: the {side} side has {int(at.sum())} examples of {kinds} label(s); "
                     "the probe needs sycophantic and honest answers on each side"
                 )
-
-    def _extract(self) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Features, labels [N] and side of the split [N] (0 train, 1 validation, 2 test)."""
-        if not hasattr(self, "_extracted"):
-            lm = load_model(self.model, self.dtype)
-            view = view_decoder(lm.model)
-            view.check_layers(self.layers, "--data.layers")
-            split = load_split(self.records, self.validation, self.test, self.split_seed)
-            limited = [draw_evenly(split.train, self.max_records, self.split_seed), split.validation, split.test]
-            rows = [(record, side) for side, records in enumerate(limited) for record in records]
-            examples, labels, sides = _examples(lm.tokenizer, rows)
-            saes = SAEs(self.sae, self.layers, view.d_model, str(view.device), self.sae_gb * 1e9)
-            local = self.sae is not None and Path(self.sae).is_dir()
-            origin = [digest_path(layer_folder(str(self.sae), layer)) for layer in self.layers] if local else self.sae
-            key = f"{lm.digest} {lm.model.dtype} {origin}"
-            rank = rank_of(self.trainer)
-            features = extract_features(view, examples, saes, self.layers, self.pool, self.tokens, self.folder, key, rank)
-            self.model_digest = lm.digest
-            self._extracted = (features, labels, sides)
-        return self._extracted
 
     def origin(self) -> dict[str, Any]:
         """What the probe's file says about its features."""
@@ -153,15 +131,3 @@ class ProbeDataModule(L.LightningDataModule):
     @override
     def test_dataloader(self) -> DataLoader[ProbeBatch]:
         return DataLoader([self._sides["test"]], batch_size=None)  # type: ignore[arg-type]
-
-
-def _examples(tokenizer: Any, rows: Sequence[tuple[Record, int]]) -> tuple[list[Example], Tensor, Tensor]:
-    examples, labels, sides = [], [], []
-    for record, side in rows:
-        for answer, label in ((record.honest, 0.0), (record.sycophantic, 1.0)):
-            if answer is not None:
-                ids = tokenize(tokenizer, record.prompt, answer)
-                examples.append(Example(ids.prompt + ids.answer, len(ids.prompt)))
-                labels.append(label)
-                sides.append(side)
-    return examples, torch.tensor(labels), torch.tensor(sides)

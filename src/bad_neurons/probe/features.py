@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from bad_neurons.shards import ALONE, Rank, fill_shards
 
 Pool = Literal["max", "mean"]
 Tokens = Literal["answer", "all"]
+Features = Literal["sae", "residual"]
 
 _BATCH_TOKENS = 2048
 _SHARD_EXAMPLES = 256
@@ -41,6 +43,38 @@ def pool_mean(values: Tensor) -> Tensor:
 
 
 POOLS: dict[Pool, Callable[[Tensor], Tensor]] = {"max": pool_max, "mean": pool_mean}
+
+
+class Pooling(NamedTuple):
+    """How the positions of an answer become one vector.
+
+    Attributes:
+        pool: what is taken of them.
+        tokens: which positions: those of the answer, or all but BOS.
+    """
+
+    pool: Pool
+    tokens: Tokens
+
+
+class PooledFeatures(NamedTuple):
+    """Features of examples in shards, read when they are asked for: many poolings of many layers need not fit into memory.
+
+    Attributes:
+        turns: paths of the shards, in order, of each turn of the SAEs.
+    """
+
+    turns: list[list[Path]]
+
+    def read(self, pooling: Pooling, features: Features, layer: int) -> Tensor:
+        """Pooled features of a layer, float32: [N, F] of an SAE, or [N, d] of the activations themselves (``residual``)."""
+        name = _name(pooling, features, layer)
+        for paths in self.turns:
+            with safe_open(paths[0], framework="pt") as shard:
+                if name not in shard.keys():  # noqa: SIM118 (it is no mapping)
+                    continue
+            return torch.cat([_read_tensor(path, name) for path in paths])
+        raise KeyError(f"{name} was not extracted")
 
 
 class Example(NamedTuple):
@@ -60,13 +94,12 @@ def extract_features(
     examples: Sequence[Example],
     saes: SAEs,
     layers: Sequence[int],
-    pool: Pool,
-    tokens: Tokens,
+    poolings: Sequence[Pooling],
     folder: Path,
     key: str,
     rank: Rank = ALONE,
-) -> dict[str, Tensor]:
-    """Features of all examples, ``sae.<layer>`` [N, F] and ``residual.<layer>`` [N, d], float32.
+) -> PooledFeatures:
+    """Features of all examples by SAEs, and their activations, pooled in one way or several.
 
     Shards of 256 examples are kept in ``folder``; those of the same ``key`` are not computed again. Where the SAEs do not fit
     into memory together, the first turn's encode while the model runs, and the shards keep the raw activations that the later
@@ -77,21 +110,20 @@ def extract_features(
         examples: what to read.
         saes: the SAEs; none for residual features alone.
         layers: layers to read.
-        pool: how positions become one vector.
-        tokens: which positions: those of the answer, or all but BOS.
+        poolings: how positions become one vector, one way or several; the model runs once for all.
         folder: where the shards are kept.
         key: identifies model, SAEs and data.
         rank: which of several processes this is; each computes its share of the shards.
     """
     layers = sorted(layers)
-    key = digest_json([key, layers, saes.turns, pool, tokens, list(examples)])
-    plans = [_plan(examples[i : i + _SHARD_EXAMPLES], tokens) for i in range(0, len(examples), _SHARD_EXAMPLES)]
+    key = digest_json([key, layers, saes.turns, list(poolings), list(examples)])
+    plans = [_plan(examples[i : i + _SHARD_EXAMPLES], poolings) for i in range(0, len(examples), _SHARD_EXAMPLES)]
     first, later = (saes.turns[0], saes.turns[1:]) if saes.turns else ([], [])
     raw = [layer for turn in later for layer in turn]
     resident = saes.load(first)
 
     def read(number: int) -> dict[str, Tensor]:
-        return _read(view, plans[number], resident, layers, raw, pool)
+        return _read(view, plans[number], resident, layers, raw, poolings)
 
     shards = fill_shards(folder, "shard", len(plans), key, read, f"features of {len(examples)} answers", rank)
     paths = [shards]
@@ -99,16 +131,21 @@ def extract_features(
         loaded = saes.load(turn)
 
         def encode(number: int, loaded: Mapping[int, Any] = loaded) -> dict[str, Tensor]:
-            return _encode_kept(load_file(shards[number]), plans[number], loaded, pool, view.device)
+            return _encode_kept(load_file(shards[number]), plans[number], loaded, poolings, view.device)
 
         what = f"features, SAEs {place} of {len(saes.turns)}"
         paths.append(fill_shards(folder, f"turn-{place}", len(plans), key, encode, what, rank))
-    found: dict[str, list[Tensor]] = {}
-    for path in (path for turn in paths for path in turn):
-        for name, values in load_file(path).items():
-            if not name.startswith("raw."):
-                found.setdefault(name, []).append(values)
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    return PooledFeatures(paths)
+
+
+def _name(pooling: Pooling, features: Features, layer: int) -> str:
+    return f"{pooling.pool}.{pooling.tokens}.{features}.{layer}"
+
+
+def _read_tensor(path: Path, name: str) -> Tensor:
+    with safe_open(path, framework="pt") as shard:
+        tensor: Tensor = shard.get_tensor(name)
+    return tensor
 
 
 class _Batch(NamedTuple):
@@ -118,37 +155,54 @@ class _Batch(NamedTuple):
         numbers: which examples of the shard, in the order of ``members``.
         rows: their rows.
         at: flat places [P] in the rows that some example pools over.
-        members: of each example, which of the P places are its own.
+        members: by which tokens are pooled, of each example, which of the P places are its own.
     """
 
     numbers: list[int]
     rows: Rows
     at: Tensor
-    members: list[Tensor]
+    members: dict[Tokens, list[Tensor]]
 
 
-def _plan(examples: Sequence[Example], tokens: Tokens) -> list[_Batch]:
+def _plan(examples: Sequence[Example], poolings: Sequence[Pooling]) -> list[_Batch]:
     """The batches of one shard."""
     batches = []
     for numbers, paths, rows in shared_batches([e.ids for e in examples], _BATCH_TOKENS):
-        starts = [examples[number].answer_start if tokens == "answer" else 1 for number in numbers]
-        places = [path[start:] for path, start in zip(paths, starts, strict=True)]
-        at, index = torch.tensor([place for path in places for place in path]).unique(return_inverse=True)
-        batches.append(_Batch(numbers, rows, at, list(index.split([len(path) for path in places]))))
+        firsts: dict[Tokens, list[int]] = {"answer": [examples[n].answer_start for n in numbers], "all": [1] * len(numbers)}
+        places = {
+            tokens: [path[first:] for path, first in zip(paths, firsts[tokens], strict=True)]
+            for tokens in dict.fromkeys(pooling.tokens for pooling in poolings)
+        }
+        batches.append(_Batch(numbers, rows, *_members(places)))
     return batches
 
 
+def _members(places: Mapping[Tokens, list[list[int]]]) -> tuple[Tensor, dict[Tokens, list[Tensor]]]:
+    """All places [P] that are pooled, from the lowest up, and of each example which of the P are its own."""
+    every = [path for paths in places.values() for path in paths]
+    at, index = torch.tensor([place for path in every for place in path]).unique(return_inverse=True)
+    members = iter(index.split([len(path) for path in every]))
+    return at, {tokens: [next(members) for _ in paths] for tokens, paths in places.items()}
+
+
 def _read(
-    view: DecoderView, plan: Sequence[_Batch], saes: Mapping[int, Any], layers: Sequence[int], raw: Sequence[int], pool: Pool
+    view: DecoderView,
+    plan: Sequence[_Batch],
+    saes: Mapping[int, Any],
+    layers: Sequence[int],
+    raw: Sequence[int],
+    poolings: Sequence[Pooling],
 ) -> dict[str, Tensor]:
     """Run the model over the batches of a shard: pooled activations, pooled features of ``saes``, and activations of layers ``raw``."""
     found: dict[str, list[Tensor]] = {}
 
     def visit(layer: int, output: Tensor) -> None:
         values = output.flatten(0, 1)[at]
-        found.setdefault(f"residual.{layer}", []).append(_pooled(values.float(), batch.members, pool))
+        pooled = _pooled(values.float(), batch, "residual", layer, poolings)
         if layer in saes:
-            found.setdefault(f"sae.{layer}", []).append(_pooled(_encode(saes[layer], values), batch.members, pool))
+            pooled |= _pooled(_encode(saes[layer], values), batch, "sae", layer, poolings)
+        for name, rows in pooled.items():
+            found.setdefault(name, []).append(rows)
         if layer in raw:
             found.setdefault(f"raw.{layer}", []).append(values.cpu())
 
@@ -160,14 +214,15 @@ def _read(
 
 
 def _encode_kept(
-    kept: Mapping[str, Tensor], plan: Sequence[_Batch], saes: Mapping[int, Any], pool: Pool, device: torch.device
+    kept: Mapping[str, Tensor], plan: Sequence[_Batch], saes: Mapping[int, Any], poolings: Sequence[Pooling], device: torch.device
 ) -> dict[str, Tensor]:
     """Pooled features of SAEs whose turn comes after the model has run, from the shard's raw activations."""
-    found = {}
+    found: dict[str, Tensor] = {}
+    place = _places(plan)
     for layer, sae in saes.items():
         parts = kept[f"raw.{layer}"].split([len(batch.at) for batch in plan])
-        pooled = [_pooled(_encode(sae, part.to(device)), batch.members, pool) for part, batch in zip(parts, plan, strict=True)]
-        found[f"sae.{layer}"] = torch.cat(pooled)[_places(plan)]
+        pooled = [_pooled(_encode(sae, part.to(device)), batch, "sae", layer, poolings) for part, batch in zip(parts, plan, strict=True)]
+        found |= {name: torch.cat([rows[name] for rows in pooled])[place] for name in pooled[0]}
     return found
 
 
@@ -183,6 +238,11 @@ def _encode(sae: Any, values: Tensor) -> Tensor:
     return features
 
 
-def _pooled(values: Tensor, members: Sequence[Tensor], pool: Pool) -> Tensor:
-    """One vector an example, [examples, D] on the processor, from the values [P, D] of the batch."""
-    return torch.stack([POOLS[pool](values[index.to(values.device)]) for index in members]).cpu()
+def _pooled(values: Tensor, batch: _Batch, features: Features, layer: int, poolings: Sequence[Pooling]) -> dict[str, Tensor]:
+    """One vector an example, [examples, D] on the processor, from the values [P, D] of the batch; by name, a pooling each."""
+    return {
+        _name(pooling, features, layer): torch.stack(
+            [POOLS[pooling.pool](values[index.to(values.device)]) for index in batch.members[pooling.tokens]]
+        ).cpu()
+        for pooling in poolings
+    }

@@ -137,7 +137,7 @@ def check_options(layers: Sequence[int], l2: float, budget: int | None) -> None:
         UserError: no layer or one of them twice, a penalty that is not above 0, or a budget outside 1 to L.
     """
     if not layers or len(set(layers)) < len(layers):
-        raise UserError(f"--layers {list(layers)}: one candidate layer or more, each of them once")
+        raise UserError(f"--candidates {list(layers)}: one layer or more, each of them once")
     if not l2 > 0:
         raise UserError(f"--l2 {l2}: above 0; without a penalty the weights of a probe that separates its examples have no end")
     if budget is not None and not 1 <= budget <= len(layers):
