@@ -2,7 +2,8 @@
 
 A chat model gets its own template; a base model the published form of the model-written evaluations
 ("Human: ... Assistant: ...", arXiv 2212.09251). A last turn of the assistant is the beginning of its answer, which the
-model continues.
+model continues. A system turn keeps its role where the template has one (others, such as SmolLM2's, would put a text of their
+own in its place), and becomes part of the first user turn where it has none, as Gemma's.
 """
 
 from __future__ import annotations
@@ -35,11 +36,10 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], answer: 
 
     The two are tokenized apart, so a prompt has the same ids whatever answers it.
     """
-    turns = fold_system(turns)
     if tokenizer.chat_template:
-        text, separator = _chat(tokenizer, turns), ""
+        text, separator = _chat(tokenizer, list(turns)), ""
     else:
-        text, separator = _dialogue(turns), " "
+        text, separator = _dialogue(fold_system(turns)), " "
     if turns[-1]["role"] == "assistant":
         separator = " "
     prompt = bos_ids(tokenizer) + _plain_ids(tokenizer, _without_bos(tokenizer, text))
@@ -59,7 +59,7 @@ def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def fold_system(turns: Sequence[Turn]) -> list[Turn]:
-    """Put a leading system turn into the first user turn: Gemma's template has no system role."""
+    """Put a leading system turn into the first user turn."""
     if [turn["role"] for turn in turns[:2]] == ["system", "user"]:
         first = {"role": "user", "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
         return [first, *turns[2:]]
@@ -67,10 +67,19 @@ def fold_system(turns: Sequence[Turn]) -> list[Turn]:
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, turns: list[Turn]) -> str:
+    from jinja2 import TemplateError
+
     unfinished = turns[-1]["role"] == "assistant"
-    return str(
-        tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=not unfinished, continue_final_message=unfinished)
-    )
+
+    def filled(turns: list[Turn]) -> str:
+        return str(
+            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=not unfinished, continue_final_message=unfinished)
+        )
+
+    try:
+        return filled(turns)
+    except TemplateError:  # templates without a system role refuse one
+        return filled(fold_system(turns))
 
 
 def _dialogue(turns: list[Turn]) -> str:
