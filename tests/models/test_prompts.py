@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bad_neurons.models.prompts import bos_ids, fold_system, tokenize, tokenize_text
+from bad_neurons.models.prompts import bos_ids, fold_system, readable, tokenize, tokenize_text
 from bad_neurons.testing import tiny_tokenizer
 from helpers import CHATML
 
@@ -123,6 +123,12 @@ def test_fold_system_leaves_the_given_turns_alone():
     assert fold_system(SYSTEM) == [{"role": "user", "content": "Be kind.\n\nIs it so?"}]
     assert SYSTEM[0] == {"role": "system", "content": "Be kind."}
     assert fold_system(LONGER) == LONGER
+
+
+def test_readable():
+    assert readable(ASK) == "Is it so?"
+    assert readable(LONGER) == "Human: Is it so?\n\nAssistant: Yes.\n\nHuman: Sure?"
+    assert readable(SYSTEM) == "Be kind.\n\nHuman: Is it so?"
 
 
 def test_running_text():

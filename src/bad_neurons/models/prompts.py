@@ -58,6 +58,11 @@ def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [bos] if starts_with_it else []  # type: ignore[list-item]
 
 
+def readable(turns: Sequence[Turn]) -> str:
+    """Turns as people read them: the words of a single one, or a conversation with its speakers."""
+    return turns[0]["content"] if len(turns) == 1 else "\n\n".join(_lines(turns))
+
+
 def fold_system(turns: Sequence[Turn]) -> list[Turn]:
     """Put a leading system turn into the first user turn."""
     if [turn["role"] for turn in turns[:2]] == ["system", "user"]:
@@ -83,10 +88,14 @@ def _chat(tokenizer: PreTrainedTokenizerBase, turns: list[Turn]) -> str:
 
 
 def _dialogue(turns: list[Turn]) -> str:
-    lines = [turn["content"] if turn["role"] == "system" else f"{_SPEAKERS[turn['role']]}: {turn['content']}" for turn in turns]
+    lines = _lines(turns)
     if turns[-1]["role"] != "assistant":
         lines.append("Assistant:")
     return "\n\n".join(lines)
+
+
+def _lines(turns: Sequence[Turn]) -> list[str]:
+    return [turn["content"] if turn["role"] == "system" else f"{_SPEAKERS[turn['role']]}: {turn['content']}" for turn in turns]
 
 
 def _without_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
