@@ -12,6 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bad_neurons.testing import save_tiny_model
 
+# A template with a system role, and a text of its own where nobody gives one, as SmolLM2 and Qwen have it.
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
 
 def write_records(path: Path, topics: int = 6, per_topic: int = 4) -> str:
     """A small JSONL file: facts (one person right, one wrong) and opinions, `per_topic` records a topic."""

@@ -99,7 +99,7 @@ def test_an_unknown_source_names_the_known(source, ask):
 @pytest.mark.parametrize(
     ("source", "known"),
     [
-        ("embedded:all", "expected embedded, with nothing behind it"),
+        ("embedded:all", "there are embedded, embedded:are-you-sure, embedded:false-premise"),
         ("anthropic", "known are anthropic:nlp, anthropic:poli, anthropic:phil"),
         ("anthropic:sports", "known are anthropic:nlp, anthropic:poli, anthropic:phil"),
         ("truthfulqa:mc1", "expected truthfulqa or truthfulqa@path.csv"),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from bad_neurons.models.prompts import bos_ids, fold_system, tokenize, tokenize_text
+from bad_neurons.models.prompts import bos_ids, fold_system, readable, tokenize, tokenize_text
 from bad_neurons.testing import tiny_tokenizer
+from helpers import CHATML
 
 GEMMA_LIKE = (
     "{{ bos_token }}"
@@ -67,6 +68,30 @@ def test_chat_template(template, turns, expected, answer):
     assert read(tokenizer, ids.answer) == answer
 
 
+PREAMBLE = "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected", "answer"),
+    [
+        (ASK, PREAMBLE + "<|im_start|>user\nIs it so?<|im_end|>\n<|im_start|>assistant\n", "No."),
+        (SYSTEM, "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nIs it so?<|im_end|>\n<|im_start|>assistant\n", "No."),
+        (
+            LONGER,
+            PREAMBLE + "<|im_start|>user\nIs it so?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"
+            "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n",
+            "No.",
+        ),
+        (BEGUN, PREAMBLE + "<|im_start|>user\nIs it so?<|im_end|>\n<|im_start|>assistant\nI believe", " No."),
+    ],
+)
+def test_a_template_with_a_system_role(turns, expected, answer):
+    tokenizer = tiny_tokenizer(CHATML)
+    ids = tokenize(tokenizer, turns, "No.")
+    assert read(tokenizer, ids.prompt) == "<bos>" + expected
+    assert read(tokenizer, ids.answer) == answer
+
+
 def test_the_template_itself_refuses_a_system_turn():
     with pytest.raises(Exception, match="System role not supported"):
         tiny_tokenizer(GEMMA_LIKE).apply_chat_template(SYSTEM, tokenize=False)
@@ -85,7 +110,7 @@ def test_a_tokenizer_that_adds_no_bos_gets_none():
     assert tokenize_text(tokenizer, "a") == tokenizer("a")["input_ids"]
 
 
-@pytest.mark.parametrize("template", [None, GEMMA_LIKE])
+@pytest.mark.parametrize("template", [None, GEMMA_LIKE, CHATML])
 @pytest.mark.parametrize("turns", [ASK, SYSTEM, LONGER, BEGUN])
 def test_a_prompt_has_the_same_ids_whatever_answers_it(template, turns):
     tokenizer = tiny_tokenizer(template)
@@ -98,6 +123,12 @@ def test_fold_system_leaves_the_given_turns_alone():
     assert fold_system(SYSTEM) == [{"role": "user", "content": "Be kind.\n\nIs it so?"}]
     assert SYSTEM[0] == {"role": "system", "content": "Be kind."}
     assert fold_system(LONGER) == LONGER
+
+
+def test_readable():
+    assert readable(ASK) == "Is it so?"
+    assert readable(LONGER) == "Human: Is it so?\n\nAssistant: Yes.\n\nHuman: Sure?"
+    assert readable(SYSTEM) == "Be kind.\n\nHuman: Is it so?"
 
 
 def test_running_text():

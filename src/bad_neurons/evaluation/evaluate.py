@@ -21,6 +21,7 @@ from bad_neurons.evaluation.side_effects import side_effects
 from bad_neurons.evaluation.suites import score_items, suite_of
 from bad_neurons.evaluation.suites.beliefs import accuracy_effects
 from bad_neurons.models.load import Dtype, LanguageModel, load_model
+from bad_neurons.models.prompts import readable
 from bad_neurons.models.view import view_decoder
 from bad_neurons.tuning.delta_file import LoadedDelta, load_delta
 
@@ -144,6 +145,6 @@ def _answers(lm: LanguageModel, loaded: LoadedDelta | None, records: list[Record
             before = greedy_answers(lm.model, lm.tokenizer, prompts)
         after = greedy_answers(lm.model, lm.tokenizer, prompts)
     return [
-        {"prompt": r.prompt[-1]["content"], "person_is_right": r.person_is_right, "before": b} | ({"after": after[i]} if after else {})
+        {"prompt": readable(r.prompt), "person_is_right": r.person_is_right, "before": b} | ({"after": after[i]} if after else {})
         for i, (r, b) in enumerate(zip(records, before, strict=True))
     ]

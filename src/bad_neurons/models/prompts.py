@@ -2,7 +2,8 @@
 
 A chat model gets its own template; a base model the published form of the model-written evaluations
 ("Human: ... Assistant: ...", arXiv 2212.09251). A last turn of the assistant is the beginning of its answer, which the
-model continues.
+model continues. A system turn keeps its role where the template has one (others, such as SmolLM2's, would put a text of their
+own in its place), and becomes part of the first user turn where it has none, as Gemma's.
 """
 
 from __future__ import annotations
@@ -35,8 +36,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], answer: 
 
     The two are tokenized apart, so a prompt has the same ids whatever answers it.
     """
-    turns = fold_system(turns)
-    text = _chat(tokenizer, turns) if tokenizer.chat_template else _dialogue(turns)
+    text = _chat(tokenizer, list(turns)) if tokenizer.chat_template else _dialogue(fold_system(turns))
     prompt = bos_ids(tokenizer) + _plain_ids(tokenizer, _without_bos(tokenizer, text))
     return Tokenized(prompt, answer_ids(tokenizer, turns, answer))
 
@@ -59,8 +59,13 @@ def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [bos] if starts_with_it else []  # type: ignore[list-item]
 
 
+def readable(turns: Sequence[Turn]) -> str:
+    """Turns as people read them: the words of a single one, or a conversation with its speakers."""
+    return turns[0]["content"] if len(turns) == 1 else "\n\n".join(_lines(turns))
+
+
 def fold_system(turns: Sequence[Turn]) -> list[Turn]:
-    """Put a leading system turn into the first user turn: Gemma's template has no system role."""
+    """Put a leading system turn into the first user turn."""
     if [turn["role"] for turn in turns[:2]] == ["system", "user"]:
         first = {"role": "user", "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
         return [first, *turns[2:]]
@@ -68,17 +73,30 @@ def fold_system(turns: Sequence[Turn]) -> list[Turn]:
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, turns: list[Turn]) -> str:
+    from jinja2 import TemplateError
+
     unfinished = turns[-1]["role"] == "assistant"
-    return str(
-        tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=not unfinished, continue_final_message=unfinished)
-    )
+
+    def filled(turns: list[Turn]) -> str:
+        return str(
+            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=not unfinished, continue_final_message=unfinished)
+        )
+
+    try:
+        return filled(turns)
+    except TemplateError:  # templates without a system role refuse one
+        return filled(fold_system(turns))
 
 
 def _dialogue(turns: list[Turn]) -> str:
-    lines = [turn["content"] if turn["role"] == "system" else f"{_SPEAKERS[turn['role']]}: {turn['content']}" for turn in turns]
+    lines = _lines(turns)
     if turns[-1]["role"] != "assistant":
         lines.append("Assistant:")
     return "\n\n".join(lines)
+
+
+def _lines(turns: Sequence[Turn]) -> list[str]:
+    return [turn["content"] if turn["role"] == "system" else f"{_SPEAKERS[turn['role']]}: {turn['content']}" for turn in turns]
 
 
 def _without_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

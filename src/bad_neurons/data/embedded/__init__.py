@@ -8,13 +8,12 @@ question, so the set is the same everywhere.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
+from bad_neurons.data.embedded.facts import fact_rows, put, read_rows, sentence
 from bad_neurons.data.records import Record
 from bad_neurons.models.prompts import Turn
 
@@ -98,14 +97,9 @@ _BALANCED = (
 @cache
 def embedded_records() -> tuple[Record, ...]:
     """All records of the embedded set, facts first."""
-    facts = (record for row in (*_rows("facts-1.jsonl"), *_rows("facts-2.jsonl")) for record in _ask_fact(row))
-    opinions = (record for row in _rows("opinions.jsonl") for record in _ask_opinion(row))
+    facts = (record for row in fact_rows() for record in _ask_fact(row))
+    opinions = (record for row in read_rows("opinions.jsonl") for record in _ask_opinion(row))
     return (*facts, *opinions)
-
-
-def _rows(name: str) -> Iterator[dict[str, Any]]:
-    for line in (files(__name__) / name).read_text(encoding="utf-8").splitlines():
-        yield json.loads(line)
 
 
 def _ask_fact(row: dict[str, Any]) -> Iterator[Record]:
@@ -119,7 +113,7 @@ def _ask_fact(row: dict[str, Any]) -> Iterator[Record]:
             sycophantic=None if right else _say(_AGREE, rng, false),
             contrarian=_say(_DISAGREE, rng, false) if right else None,
             person_is_right=right,
-            choices=(_sentence(claim), _sentence(false if right else true)),
+            choices=(sentence(claim), sentence(false if right else true)),
             topic=row["topic"],
             source=SOURCE,
         )
@@ -134,7 +128,7 @@ def _ask_opinion(row: dict[str, Any]) -> Iterator[Record]:
             neutral_prompt=_user("{question}", rng, question=row["question"]),
             honest=_say(_BALANCED, rng, row["balanced"]),
             sycophantic=_say(_AGREE, rng, row[mine]),
-            choices=(_sentence(row[mine]), _sentence(row[other])),
+            choices=(sentence(row[mine]), sentence(row[other])),
             topic=row["topic"],
             source=SOURCE,
         )
@@ -147,12 +141,4 @@ def _user(manner: str, rng: random.Random, **parts: str) -> tuple[Turn, ...]:
 
 
 def _say(ways: tuple[str, ...], rng: random.Random, claim: str) -> str:
-    return rng.choice(ways).format(claim=claim, Claim=_capital(claim))
-
-
-def _capital(clause: str) -> str:
-    return clause[0].upper() + clause[1:]
-
-
-def _sentence(clause: str) -> str:
-    return _capital(clause) + "."
+    return put(rng.choice(ways), claim)

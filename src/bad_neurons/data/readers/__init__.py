@@ -5,6 +5,8 @@ that place, or below the folder in the environment variable ``BAD_NEURONS_DATA``
 
 ===============================  ==================================================================================
 ``embedded``                     the project's own set, always there
+``embedded:are-you-sure``        giving in to doubt (:mod:`bad_neurons.data.embedded.are_you_sure`)
+``embedded:false-premise``       going along with a false premise (:mod:`bad_neurons.data.embedded.false_premise`)
 ``some/file.jsonl``              records in the project's own schema (:mod:`bad_neurons.data.records`)
 ``anthropic:nlp|poli|phil``      model-written evaluations of sycophancy (:mod:`.anthropic`)
 ``truthfulqa``                   TruthfulQA with a right and a wrong person (:mod:`.truthfulqa`)
@@ -21,15 +23,25 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from bad_neurons.data.embedded import embedded_records
+from bad_neurons.data.embedded.are_you_sure import are_you_sure_records
+from bad_neurons.data.embedded.false_premise import false_premise_records
 from bad_neurons.data.readers import anthropic, open_ended, syco_bench, truthfulqa
 from bad_neurons.data.records import Record, read_records
 from bad_neurons.errors import UserError
 
+# Written here and made from what was written here, by behaviour; no name is sycophancy.
+EMBEDDED: dict[str, Callable[[], tuple[Record, ...]]] = {
+    "": embedded_records,
+    "are-you-sure": are_you_sure_records,
+    "false-premise": false_premise_records,
+}
+
 
 def _read_embedded(rest: str) -> list[Record]:
-    if rest:
-        raise UserError(f"data: no source 'embedded:{rest}'; expected embedded, with nothing behind it")
-    return list(embedded_records())
+    if rest not in EMBEDDED:
+        known = ", ".join(f"embedded:{name}" if name else "embedded" for name in EMBEDDED)
+        raise UserError(f"data: no source 'embedded:{rest}'; there are {known}")
+    return list(EMBEDDED[rest]())
 
 
 # What stands behind the scheme (without the colon) goes to the function.
@@ -68,7 +80,7 @@ def available(source: str) -> bool:
 
 
 def local_path(source: str) -> Path | None:
-    """The file on this machine that the source is read from; None for the embedded set, or when it is not here.
+    """The file on this machine that the source is read from; None for an embedded set, or when it is not here.
 
     Raises:
         UserError: an unknown source.
