@@ -39,7 +39,6 @@ from bad_neurons.data.readers import available
 from bad_neurons.data.tuning import SycophancyDataModule, TuningBatch
 from bad_neurons.selection.neurons import NeuronSelection
 from bad_neurons.tuning.clean_cache import CleanCache
-from bad_neurons.tuning.edits import NeuronDelta
 from bad_neurons.tuning.module import NeuronTuner
 
 FROM_A_THIRD, LAST_THIRD = tuple(range(6, LAYERS)), tuple(range(12, LAYERS))
@@ -52,7 +51,7 @@ FIRST, CACHED = f"{OURS}, first epoch", f"{OURS}, cached"
 def ours_setup(layers: Sequence[int], cached: bool, count: int, compiled: bool = False) -> Round:
     """NeuronTuner: the chosen rows and columns alone. Without ``cached`` every round is a first epoch."""
     tuner, batches = _tuner(compiled), _batches(count)
-    tuner.attach(NeuronDelta, _selection(tuner, layers))
+    tuner.attach_neurons(_selection(tuner, layers))
     epoch = epochs(batches, tuner.edit.trainable(), _losses(tuner))  # type: ignore[union-attr]
 
     def run() -> Mapping[str, Any]:
@@ -66,7 +65,7 @@ def ours_setup(layers: Sequence[int], cached: bool, count: int, compiled: bool =
 def ours_checkpoint_setup(layers: Sequence[int]) -> Round:
     """Lightning's checkpoint of NeuronTuner."""
     tuner = _tuner()
-    tuner.attach(NeuronDelta, _selection(tuner, layers))
+    tuner.attach_neurons(_selection(tuner, layers))
     return saved(tuner, _batches(8))
 
 
@@ -76,7 +75,7 @@ def growth_setup(layer_counts: Sequence[int], record_counts: Sequence[int], repe
     batches = {count: _batches(count, batch_tokens=2**30)[0] for count in record_counts}
 
     def step_seconds(layers: int, batch: TuningBatch) -> float:
-        edit = tuner.attach(NeuronDelta, _selection(tuner, range(LAYERS - layers, LAYERS)))
+        edit = tuner.attach_neurons(_selection(tuner, range(LAYERS - layers, LAYERS)))
         step = epochs([batch], edit.trainable(), _losses(tuner))
         step()  # fills the cache and the optimizer's state
         seconds = statistics.median(_seconds(step) for _ in range(repeats))

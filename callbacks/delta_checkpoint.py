@@ -9,8 +9,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
+from bad_neurons.errors import UserError
 from bad_neurons.tuning.delta_file import write_delta
-from bad_neurons.tuning.module import NeuronTuner
 
 
 class DeltaCheckpoint(Callback):
@@ -26,7 +26,13 @@ class DeltaCheckpoint(Callback):
         self.path = Path(path)
 
     @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        edit = getattr(pl_module, "edit", None)
+        if not hasattr(edit, "selection"):
+            raise UserError(f"DeltaCheckpoint: {type(edit).__name__} has no chosen neurons, and a delta file holds only theirs")
+
+    @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            edit: Any = pl_module.edit if isinstance(pl_module, NeuronTuner) else None
+            edit: Any = pl_module.edit
             write_delta(self.path, edit.selection, edit.deltas())

@@ -32,4 +32,4 @@ class GradientMask(Callback):
         if not isinstance(pl_module, NeuronTuner):
             raise UserError(f"GradientMask works on a NeuronTuner, not on a {type(pl_module).__name__}")
         if pl_module.edit is None:
-            pl_module.attach(EDITS[self.mode], read_neurons(self.neurons))
+            pl_module.attach_neurons(read_neurons(self.neurons), self.mode)

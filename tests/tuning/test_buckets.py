@@ -7,7 +7,6 @@ import torch
 
 from bad_neurons.data import tuning as data_module
 from bad_neurons.data.tuning import SycophancyDataModule
-from bad_neurons.tuning.edits import NeuronDelta
 from helpers import write_records
 
 
@@ -15,7 +14,7 @@ from helpers import write_records
 def test_bucketed_is_unbucketed(tuner, choose, tiny, tiny_folder, tmp_path, monkeypatch, target):
     records = write_records(tmp_path / "records.jsonl")
     module = tuner(beta=0.2, cache_gb=0.0)
-    edit = module.attach(NeuronDelta, choose(tiny()))
+    edit = module.attach_neurons(choose(tiny()))
     edit.restore({name: 0.3 * torch.randn_like(value) for name, value in edit.deltas().items()})
 
     def epoch(batch_tokens, row_width):

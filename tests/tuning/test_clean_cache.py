@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bad_neurons.artifacts import write_tensors
 from bad_neurons.tuning.clean_cache import CleanCache, CleanPass
-from bad_neurons.tuning.edits import NeuronDelta
+from bad_neurons.tuning.module import NeuronTuner
 
 LENGTHS = [(5, 4), (9, 2), (7, 7)]
 
@@ -18,7 +17,7 @@ def attached(tuner, choose, tiny):
 
     def made(**options):
         module = tuner(beta=0.1, **options)
-        edit = module.attach(NeuronDelta, choose(tiny()))
+        edit = module.attach_neurons(choose(tiny()))
         torch.manual_seed(3)
         edit.restore({name: 0.3 * torch.randn_like(value) for name, value in edit.deltas().items()})
         return module
@@ -84,7 +83,7 @@ def test_checkpointing_changes_nothing_but_rounding(attached, make_batch):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_kl_is_zero_where_nothing_has_changed(tuner, choose, tiny, make_batch, checkpointing):
     module = tuner(checkpointing=checkpointing)
-    module.attach(NeuronDelta, choose(tiny()))
+    module.attach_neurons(choose(tiny()))
     assert module.losses(make_batch(LENGTHS, [11])).kl.item() == 0.0
 
 
@@ -99,7 +98,7 @@ def test_memory_up_to_the_budget_and_the_rest_on_disk(tmp_path):
     for name, clean in passes.items():
         cache.put(name, clean)
     assert sorted(cache._kept) == ["a", "b"]
-    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    assert len(list(tmp_path.glob("origin/*.safetensors"))) == 3
     for name, clean in passes.items():
         assert all(torch.equal(x, y) for x, y in zip(cache.get(name)[:2], clean[:2], strict=True))
     assert cache.get("d") is None
@@ -109,20 +108,42 @@ def test_memory_up_to_the_budget_and_the_rest_on_disk(tmp_path):
     assert [bounded.get(name) is None for name in "abc"] == [False, False, True]
 
 
-def test_what_another_origin_left_is_removed(tmp_path):
-    CleanCache(0, tmp_path, "one").put("a", some())
-    assert CleanCache(0, tmp_path, "one").get("a") is not None
-    other = CleanCache(0, tmp_path, "other")
-    assert other.get("a") is None
-    assert list(tmp_path.glob("*.safetensors")) == []
-    write_tensors(tmp_path / "a.safetensors", {"hidden": torch.ones(1)}, {"origin": "one"})  # written meanwhile by the other run
-    assert other.get("a") is None
+def test_origins_lie_side_by_side(tmp_path):
+    kept = {origin: some(seed=seed) for seed, origin in enumerate(("one", "other"))}
+    for origin, clean in kept.items():
+        CleanCache(0, tmp_path, origin).put("a", clean)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.safetensors")) == [
+        "one/a.safetensors",
+        "other/a.safetensors",
+    ]
+    for origin, clean in kept.items():
+        assert torch.equal(CleanCache(0, tmp_path, origin).get("a").hidden, clean.hidden)
+    assert CleanCache(0, tmp_path, "third").get("a") is None
+
+
+def test_tuners_share_a_cache_of_their_origin(tiny, tuner, choose, make_batch):
+    lm, batch = tiny(), make_batch(LENGTHS, [11])
+    first = NeuronTuner.of(lm)
+    first.attach_neurons(choose(lm))
+    first.losses(batch)
+    first.edit.remove()
+    second, lower = NeuronTuner.of(lm), NeuronTuner.of(lm)
+    second.attach_neurons(choose(lm, "intermediate"), cache=first.clean_cache)
+    assert second.clean_cache is first.clean_cache
+    found = value_and_gradients(second, batch)
+    assert (second.clean_cache.hits, second.clean_cache.misses) == (1, 1)
+    alone = tuner()
+    alone.attach_neurons(choose(tiny(), "intermediate"))
+    assert equal(found, value_and_gradients(alone, batch))
+    second.edit.remove()
+    lower.attach_neurons(choose(lm, layers={0: [1], 3: [2]}), cache=first.clean_cache)
+    assert lower.clean_cache is not first.clean_cache
 
 
 def test_the_origin_follows_model_dtype_and_layer(attached, tuner, choose, tiny):
     first = attached().clean_cache.origin
     assert attached().clean_cache.origin == first
     lower, coarse = tuner(), tuner(dtype="bfloat16")
-    lower.attach(NeuronDelta, choose(tiny(), layers={0: [1], 3: [2]}))
-    coarse.attach(NeuronDelta, choose(tiny()))
+    lower.attach_neurons(choose(tiny(), layers={0: [1], 3: [2]}))
+    coarse.attach_neurons(choose(tiny()))
     assert len({first, lower.clean_cache.origin, coarse.clean_cache.origin}) == 3

@@ -11,7 +11,6 @@ from torch.nn.functional import kl_div, log_softmax
 from bad_neurons.errors import UserError
 from bad_neurons.models.view import view_decoder
 from bad_neurons.selection.axes import PARTS
-from bad_neurons.tuning.edits import NeuronDelta
 
 CHOSEN = {1: [0, 5, 15], 3: [2]}
 LENGTHS = ([(5, 4), (9, 2), (7, 7)], [(12, 3), (3, 1), (6, 6)], [(4, 9), (10, 5)], [(8, 2), (8, 1), (2, 2), (5, 5)])
@@ -147,7 +146,7 @@ def test_a_short_last_window_is_divided_by_its_own_tokens(tuner, neurons, fit, m
 def attached(tuner, choose, tiny, **options):
     """A tuner with random deltas, away from the clean model."""
     module = tuner(**options)
-    edit = module.attach(NeuronDelta, choose(tiny()))
+    edit = module.attach_neurons(choose(tiny()))
     edit.restore({name: 0.3 * torch.randn_like(value) for name, value in edit.deltas().items()})
     return module
 
@@ -172,13 +171,13 @@ def test_sums_against_transformers(tuner, choose, tiny, make_batch):
 
 def test_clean_model_at_step_zero(tuner, choose, tiny, make_batch):
     module = tuner()
-    module.attach(NeuronDelta, choose(tiny()))
+    module.attach_neurons(choose(tiny()))
     assert module.losses(make_batch(LENGTHS[0], [11])).kl.item() == 0.0
 
 
 def test_neutral_target_is_zero_where_the_prompt_is_the_neutral_one(tuner, choose, tiny, make_batch):
     module = tuner()
-    module.attach(NeuronDelta, choose(tiny()))
+    module.attach_neurons(choose(tiny()))
     assert module.losses(make_batch(LENGTHS[0], teacher=LENGTHS[0])).neutral_kl.item() == 0.0
     # retention text beside it is longer than the teacher's rows: other padding, so other rounding
     assert abs(module.losses(make_batch(LENGTHS[0], [30], teacher=LENGTHS[0])).neutral_kl.item()) < 1e-4
@@ -284,5 +283,5 @@ def test_what_the_mask_refuses(tuner, neurons, fit, batches, tiny, choose):
     with pytest.raises(UserError, match="no neurons attached"):
         tuner().configure_optimizers()
     with pytest.raises(UserError, match="run `bad-neurons select` with this model"):
-        tuner().attach(NeuronDelta, choose(tiny(seed=1)))
+        tuner().attach_neurons(choose(tiny(seed=1)))
     assert view_decoder(tiny().model).d_model == 16

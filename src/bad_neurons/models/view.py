@@ -44,10 +44,10 @@ class LayerView:
         Raises:
             UserError: the attention has no such map.
         """
-        linear: nn.Linear | None = getattr(self.attention if name in ATTENTION else self.mlp, name, None)
-        if linear is None:
+        found = getattr(self.attention if name in ATTENTION else self.mlp, name, None)
+        if found is None:
             raise UserError(f"model: its attention {type(self.attention).__name__} has no {name}; the axis heads needs q_proj and o_proj")
-        return linear
+        return bare(found)  # type: ignore[return-value]
 
     def gain(self) -> Tensor:
         """Gain [d], float32, of the norm between ``down_proj`` and the residual stream; ones where there is none.
@@ -144,10 +144,16 @@ def view_decoder(model: nn.Module) -> DecoderView:
     return DecoderView(model, backbone, layers, _final_norm(backbone, stack), _head(model), _softcap(model))
 
 
+def bare(module: nn.Module) -> nn.Module:
+    """What an adapter of peft wraps, or the module itself where it is none."""
+    wrapped: nn.Module = getattr(module, "base_layer", module)
+    return wrapped
+
+
 def _find_mlp(layer: nn.Module) -> nn.Module | None:
     """The child with exactly three linear maps, two from d to m and one back, under their usual names."""
     for child in layer.children():
-        linear = {name: m for name, m in child.named_children() if isinstance(m, nn.Linear)}
+        linear = {name: m for name, m in ((name, bare(m)) for name, m in child.named_children()) if isinstance(m, nn.Linear)}
         if set(linear) == set(MATRICES):
             gate, up, down = (linear[name] for name in MATRICES)
             if gate.weight.shape == up.weight.shape == down.weight.T.shape:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from bad_neurons.artifacts import read_json, read_tensors, write_json, write_tensors
+from bad_neurons.artifacts import read_tensors, write_tensors
 
 
 class CleanPass(NamedTuple):
@@ -35,14 +35,14 @@ class CleanPass(NamedTuple):
 class CleanCache:
     """Clean passes by batch, in memory up to a budget, and in a folder where one is given.
 
-    The folder keeps every batch, so another run on the same model, layers and data starts with a full cache. It belongs to
-    one ``origin``; what an earlier origin left there is removed. A batch is found by a digest of its content, so changed
-    data is a miss and never a wrong answer.
+    The folder keeps every batch, so another run on the same model, layers and data starts with a full cache. Several origins
+    lie side by side in it, each in a subfolder of its own, until somebody deletes them. A batch is found by a digest of its
+    content, so changed data is a miss and never a wrong answer. Fits one after the other may share one cache.
 
     Args:
         budget: bytes of memory at most.
         folder: where to keep the passes on disk; None keeps only what fits in memory.
-        origin: identifies model, dtype and first edited layer.
+        origin: digest of model, dtype and first edited layer.
     """
 
     def __init__(self, budget: int, folder: Path | None, origin: str) -> None:
@@ -50,12 +50,6 @@ class CleanCache:
         self.hits = self.misses = 0
         self._kept: dict[str, CleanPass] = {}
         self._used = 0
-        if folder:
-            index = folder / "index.json"
-            if not index.is_file() or read_json(index, "index of a clean-pass cache").get("origin") != origin:
-                for stale in folder.glob("*.safetensors"):
-                    stale.unlink(missing_ok=True)
-                write_json(index, {"origin": origin})
 
     def get(self, key: str) -> CleanPass | None:
         """The pass of the batch with digest ``key``, or None."""
@@ -78,12 +72,10 @@ class CleanCache:
     def _read(self, key: str) -> CleanPass | None:
         if not self.folder or not self._path(key).is_file():
             return None
-        tensors, metadata = read_tensors(self._path(key), "kept clean pass")
-        if metadata.get("origin") != self.origin:  # two runs share the folder, and the other one has another origin
-            return None
+        tensors, _ = read_tensors(self._path(key), "kept clean pass")
         self._keep(key, clean := CleanPass(**tensors))
         return clean
 
     def _path(self, key: str) -> Path:
         assert self.folder
-        return self.folder / f"{key[:32]}.safetensors"
+        return self.folder / self.origin[:32] / f"{key[:32]}.safetensors"

@@ -63,6 +63,10 @@ class LoadedDelta(AbstractContextManager["LoadedDelta"]):
     def __init__(self, edit: Any, selection: NeuronSelection) -> None:
         self._edit, self.selection, self.first_layer = edit, selection, selection.first_layer
 
+    def scaled(self, factor: float) -> AbstractContextManager[None]:
+        """The delta counts ``factor`` times inside the block."""
+        return self._edit.scaled(factor)  # type: ignore[no-any-return]
+
     def disabled(self) -> AbstractContextManager[None]:
         """The model without the delta inside the block."""
         return self._edit.disabled()  # type: ignore[no-any-return]

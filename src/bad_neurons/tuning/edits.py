@@ -13,7 +13,7 @@ size of a head for each attention head (:mod:`bad_neurons.selection.axes`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, Protocol
 
 import torch
@@ -24,32 +24,38 @@ from bad_neurons.errors import UserError
 from bad_neurons.models.view import DecoderView
 from bad_neurons.selection.axes import PARTS, owned, units
 from bad_neurons.selection.neurons import NeuronSelection
+from bad_neurons.tuning.dial import Dial
 
 Mode = Literal["delta", "hook"]
 
 
 class Edit(Protocol):
-    """A change of chosen neurons that can be trained, switched off, saved and restored.
+    """A change of a model that can be trained, scaled, switched off, saved and restored.
+
+    It is on the model from its making until :meth:`remove`. A new one changes nothing, unless its change is given and not learned.
 
     Attributes:
-        selection: the neurons.
         first_layer: the lowest layer that it changes; what lies below runs once for the clean and the edited model.
+        digest: identifies what may learn; :meth:`deltas` fit only an edit with the same one.
     """
 
-    selection: NeuronSelection
     first_layer: int
+    digest: str
 
     def trainable(self) -> list[nn.Parameter]:
         """The parameters for the optimizer."""
 
-    def disabled(self) -> Any:
-        """Context in which the model is the clean one."""
+    def scaled(self, factor: float) -> AbstractContextManager[None]:
+        """Context in which the change counts ``factor`` times; contexts inside each other multiply."""
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """Context in which the model is the clean one, bit for bit: ``scaled(0)``."""
 
     def after_step(self) -> None:
         """Called behind every optimizer step."""
 
     def deltas(self) -> dict[str, Tensor]:
-        """Change of the chosen rows and columns by name (``layers.9.gate_proj``), float32."""
+        """The change as float32 tensors by name (``layers.9.gate_proj``)."""
 
     def restore(self, deltas: Mapping[str, Tensor]) -> None:
         """Set the change to what :meth:`deltas` gave."""
@@ -90,8 +96,8 @@ class NeuronDelta(nn.Module):
 
     def __init__(self, view: DecoderView, selection: NeuronSelection) -> None:
         super().__init__()
-        self.selection, self.first_layer = selection, selection.first_layer
-        self.enabled = True
+        self.selection, self.first_layer, self.digest = selection, selection.first_layer, selection.digest
+        self._dial = Dial()
         self.values = nn.ParameterDict()
         self._handles = []
         for layer, indices in selection.layers.items():
@@ -107,10 +113,11 @@ class NeuronDelta(nn.Module):
 
     def _hook(self, key: str, rows: bool) -> Any:
         def add(linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if not self.enabled:
+            factor = self._dial.factor
+            if not factor:
                 return None
             x, at = args[0], self.get_buffer(f"index-{key}")
-            delta = self.values[key].to(x.dtype)
+            delta = (self.values[key] if factor == 1 else factor * self.values[key]).to(x.dtype)
             if rows:
                 return output.index_add(-1, at, F.linear(x, delta))
             return output + F.linear(x.index_select(-1, at), delta)
@@ -121,14 +128,13 @@ class NeuronDelta(nn.Module):
         """One parameter a layer and matrix."""
         return list(self.values.values())
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def scaled(self, factor: float) -> AbstractContextManager[None]:
+        """The change counts ``factor`` times inside the block."""
+        return self._dial.scaled(factor)
+
+    def disabled(self) -> AbstractContextManager[None]:
         """The clean model inside the block."""
-        before, self.enabled = self.enabled, False
-        try:
-            yield
-        finally:
-            self.enabled = before
+        return self.scaled(0.0)
 
     def after_step(self) -> None:
         """Nothing: the frozen matrices were never the optimizer's."""
@@ -143,7 +149,7 @@ class NeuronDelta(nn.Module):
         Raises:
             UserError: another set of layers or other shapes.
         """
-        _check_same(self.deltas(), deltas)
+        check_same(self.deltas(), deltas)
         with torch.no_grad():
             for key, value in self.values.items():
                 value.copy_(deltas[key.replace("-", ".")])
@@ -164,7 +170,7 @@ class MaskedMatrices(nn.Module):
 
     def __init__(self, view: DecoderView, selection: NeuronSelection) -> None:
         super().__init__()
-        self.selection, self.first_layer = selection, selection.first_layer
+        self.selection, self.first_layer, self.digest = selection, selection.first_layer, selection.digest
         self._parts: dict[str, tuple[nn.Parameter, Tensor, Tensor, bool]] = {}  # weight, original, indices, rows
         self._handles = []
         for layer, indices in selection.layers.items():
@@ -190,16 +196,21 @@ class MaskedMatrices(nn.Module):
         return [weight for weight, *_ in self._parts.values()]
 
     @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """The clean model inside the block, by swapping the original matrices in."""
-        edited = {name: weight.data for name, (weight, *_) in self._parts.items()}
+    def scaled(self, factor: float) -> Iterator[None]:
+        """The change counts ``factor`` times inside the block, by swapping other matrices in."""
+        before = {name: weight.data for name, (weight, *_) in self._parts.items()}
         try:
-            for weight, original, *_ in self._parts.values():
-                weight.data = original.to(weight.device)
+            for weight, original, *_ in self._parts.values() if factor != 1 else ():
+                clean = original.to(weight.device)
+                weight.data = clean + factor * (weight.data - clean) if factor else clean
             yield
         finally:
             for name, (weight, *_) in self._parts.items():
-                weight.data = edited[name]
+                weight.data = before[name]
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """The clean model inside the block."""
+        return self.scaled(0.0)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -223,7 +234,7 @@ class MaskedMatrices(nn.Module):
         Raises:
             UserError: another set of layers or other shapes.
         """
-        _check_same(self.deltas(), deltas)
+        check_same(self.deltas(), deltas)
         for name, (weight, original, index, rows) in self._parts.items():
             weight.copy_(original).index_add_(0 if rows else 1, index.to(weight.device), deltas[name].to(weight))
 
@@ -239,6 +250,11 @@ class MaskedMatrices(nn.Module):
 EDITS: dict[Mode, type[NeuronDelta] | type[MaskedMatrices]] = {"delta": NeuronDelta, "hook": MaskedMatrices}
 
 
-def _check_same(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+def check_same(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    """Refuse deltas of another edit.
+
+    Raises:
+        UserError: other names or shapes.
+    """
     if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in theirs.items()}:
         raise UserError("delta: it was trained with another set of neurons; give the neurons.json that it was trained with")

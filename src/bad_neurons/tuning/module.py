@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import lightning as L
 import torch
@@ -14,13 +14,15 @@ from typing_extensions import override
 from bad_neurons.artifacts import digest_json
 from bad_neurons.data.tuning import TuningBatch
 from bad_neurons.errors import UserError
-from bad_neurons.models.load import Dtype, load_model
+from bad_neurons.models.load import Dtype, LanguageModel, load_model
 from bad_neurons.models.passes import Frame, Runner, checkpointed, compiled, final_hidden, finish, open_frame, plain, run_layers
 from bad_neurons.models.view import view_decoder
+from bad_neurons.selection.neurons import NeuronSelection
 from bad_neurons.tuning.clean_cache import CleanCache, CleanPass
-from bad_neurons.tuning.edits import Edit, check_fits
+from bad_neurons.tuning.edits import EDITS, Edit, Mode, check_fits
 from bad_neurons.tuning.losses import LossSums, Supervision, loss_sums
 
+AnyEdit = TypeVar("AnyEdit", bound=Edit)
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
@@ -28,8 +30,8 @@ class NeuronTuner(L.LightningModule):
     """Tunes chosen neurons with target + alpha KL - beta entropy (arXiv 2601.18939; the target is the data module's choice).
 
     The edit itself comes from the callback :class:`bad_neurons.callbacks.GradientMask`, which attaches it in ``setup``,
-    before Lightning builds the optimizer. The clean model is the same model with the edit off, and layers below the
-    first edited one run once for both.
+    before Lightning builds the optimizer; from Python any other :class:`~bad_neurons.tuning.edits.Edit` of ``tuner.view`` can be
+    attached. The clean model is the same model with the edit off, and layers below the first edited one run once for both.
 
     Args:
         model: ``packaged:<name>``, a folder, or a hub id.
@@ -67,6 +69,7 @@ class NeuronTuner(L.LightningModule):
         cache_folder: str | None = None,
         checkpointing: bool = False,
         compile: bool = False,
+        _loaded: LanguageModel | None = None,  # the underscore keeps it off the command line
     ) -> None:
         super().__init__()
         bounded = {"alpha": alpha, "beta": beta, "lr": lr, "weight_decay": weight_decay, "cache_gb": cache_gb}
@@ -78,26 +81,41 @@ class NeuronTuner(L.LightningModule):
         self.cache_bytes, self.cache_folder = int(cache_gb * 1e9), Path(cache_folder) if cache_folder else None
         self.compile_layers, run = compile, compiled() if compile else plain
         self._run: Runner = checkpointed(run) if checkpointing else run
-        loaded = load_model(model, dtype, device="cpu")  # Lightning moves it to the rank's device
+        loaded = _loaded or load_model(model, dtype, device="cpu")  # Lightning moves it to the rank's device
         self.model_id, self.model_digest, self.lm = loaded.id, loaded.digest, loaded.model
         self.view = view_decoder(loaded.model)
         self.edit: Edit | None = None
         self._tokens = 0.0  # weight of the answer tokens since the last optimizer step
 
-    def attach(self, edit_type: Any, selection: Any) -> Edit:
-        """Put an edit of ``selection`` on the model; it becomes the only thing that learns.
+    @classmethod
+    def of(cls, loaded: LanguageModel, **options: Any) -> NeuronTuner:
+        """A tuner of a model that is already in memory (``dtype`` is then its own), with any of the options above."""
+        return cls(loaded.id, **options, _loaded=loaded)
+
+    def attach(self, edit: AnyEdit, cache: CleanCache | None = None) -> AnyEdit:
+        """Take an edit that is on the model; it becomes the only thing that learns.
+
+        Args:
+            edit: made of ``self.view``.
+            cache: ``clean_cache`` of another tuner, shared where what it keeps is the same here (model, dtype, first layer).
+        """
+        self.edit = edit
+        # Whatever the numbers of a clean pass depend on besides the batch itself.
+        attention = self.lm.config._attn_implementation
+        how = [str(self.lm.dtype), attention, self.compile_layers, torch.__version__]
+        origin = digest_json([self.model_digest, edit.first_layer, *how])
+        shared = cache is not None and cache.origin == origin
+        self.clean_cache = cache if cache is not None and shared else CleanCache(self.cache_bytes, self.cache_folder, origin)
+        return edit
+
+    def attach_neurons(self, selection: NeuronSelection, mode: Mode = "delta", cache: CleanCache | None = None) -> Edit:
+        """Make an edit of chosen neurons and :meth:`attach` it.
 
         Raises:
             UserError: the neurons belong to another model.
         """
         check_fits(self.view, selection, self.model_digest)
-        self.edit = edit_type(self.view, selection)
-        # Whatever the numbers of a clean pass depend on besides the batch itself.
-        attention = self.lm.config._attn_implementation
-        how = [str(self.lm.dtype), attention, self.compile_layers, torch.__version__]
-        origin = digest_json([self.model_digest, self._edit.first_layer, *how])
-        self.clean_cache = CleanCache(self.cache_bytes, self.cache_folder, origin)
-        return self.edit  # type: ignore[return-value]
+        return self.attach(EDITS[mode](self.view, selection), cache)
 
     def losses(self, batch: TuningBatch) -> LossSums:
         """Sums of the losses over the supervised tokens of one batch."""
@@ -177,7 +195,10 @@ class NeuronTuner(L.LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        optimizer = OPTIMIZERS[self.optimizer](self._edit.trainable(), lr=self.lr, weight_decay=self.weight_decay)
+        parameters = self._edit.trainable()
+        if not parameters:
+            raise UserError(f"tune: nothing in {type(self._edit).__name__} learns, so it cannot be fitted; measure it as it is")
+        optimizer = OPTIMIZERS[self.optimizer](parameters, lr=self.lr, weight_decay=self.weight_decay)
         steps = max(1, int(self.trainer.estimated_stepping_batches))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._rate(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -199,11 +220,11 @@ class NeuronTuner(L.LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["bad_neurons"] = {"neurons": self._edit.selection.digest, "model": self.model_digest}
+        checkpoint["bad_neurons"] = {"neurons": self._edit.digest, "model": self.model_digest}
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        found, mine = checkpoint.get("bad_neurons", {}), {"neurons": self._edit.selection.digest, "model": self.model_digest}
+        found, mine = checkpoint.get("bad_neurons", {}), {"neurons": self._edit.digest, "model": self.model_digest}
         for name, value in mine.items():
             if found.get(name) != value:
                 raise UserError(f"--ckpt_path: the checkpoint belongs to other {name} ({str(found.get(name))[:12]}, here {value[:12]})")
