@@ -14,6 +14,7 @@ from bad_neurons.errors import UserError
 from bad_neurons.models.view import view_decoder
 from bad_neurons.sae import harvest as harvest_module
 from bad_neurons.sae.harvest import ActivationBatches, ActivationDataModule, harvest
+from bad_neurons.testing import save_tiny_model, tiny_tokenizer
 
 LAYERS = [1, 3]
 
@@ -169,11 +170,16 @@ def test_exactly_the_answers_of_training_topics_are_read(tiny, tiny_folder, reco
     assert {ids.count(2) for ids in read["sequences"]} == {1}
 
 
-def test_half_of_the_tokens_come_from_records_and_half_from_text(tiny, tiny_folder, records_file, read, tmp_path):
-    data = ActivationDataModule(tiny_folder(), LAYERS, str(tmp_path), records_file[0], max_tokens=2000, batch_size=100, dtype="float32")
+@pytest.mark.parametrize("bos", [True, False])
+def test_half_of_the_tokens_come_from_records_and_half_from_text(records_file, read, tmp_path, bos):
+    folder, tokenizer = save_tiny_model(tmp_path / "model"), tiny_tokenizer()
+    if not bos:  # the first token is left out all the same
+        tokenizer.backend_tokenizer.post_processor = None
+        tokenizer.save_pretrained(folder)
+    data = ActivationDataModule(folder, LAYERS, str(tmp_path), records_file[0], max_tokens=2000, batch_size=100, dtype="float32")
     data.harvest()
-    tokenizer = tiny().tokenizer
-    from_records = [s for s in read["sequences"] if tokenizer.decode(s[1:8]) == "Human: "]
+    assert {s[0] == 2 for s in read["sequences"]} == {bos}
+    from_records = [s for s in read["sequences"] if tokenizer.decode(s, skip_special_tokens=True).startswith("Human: ")]
     lengths = [len(s) - 1 for s in from_records]
     total = sum(len(s) - 1 for s in read["sequences"])
     assert sum(lengths[:-1]) < 1000 <= sum(lengths)

@@ -23,7 +23,7 @@ from bad_neurons.data.text import load_paragraphs
 from bad_neurons.errors import UserError
 from bad_neurons.models.load import Dtype, LanguageModel, load_model
 from bad_neurons.models.passes import visit_mlp_outputs
-from bad_neurons.models.prompts import bos_ids, tokenize, tokenize_text
+from bad_neurons.models.prompts import tokenize, tokenize_text
 from bad_neurons.models.view import DecoderView, view_decoder
 from bad_neurons.shards import ALONE, Rank, fill_shards, rank_of
 
@@ -53,7 +53,8 @@ class ActivationBatches(Dataset[dict[int, Tensor]]):
 class ActivationDataModule(L.LightningDataModule):
     """Activations of several layers at once, from the training records and from running text.
 
-    BOS and padding never enter. Shards are kept below ``folder``; an interrupted harvest goes on at the next shard.
+    BOS (the first token where there is none) and padding never enter. Shards are kept below ``folder``; an interrupted harvest
+    goes on at the next shard.
 
     Args:
         model: ``packaged:<name>``, a folder, or a hub id.
@@ -120,9 +121,8 @@ class ActivationDataModule(L.LightningDataModule):
         running = [tokenize_text(lm.tokenizer, p) for source in self.text for p in load_paragraphs(source, "sae", self.seed)]
         # Half from each where there is enough: SAEs of nothing but short questions know little else.
         share = 0.5 if running else 1.0
-        drop = len(bos_ids(lm.tokenizer))
-        kept = _until(sequences, int(share * self.max_tokens), drop)
-        return kept + _until(running, self.max_tokens - sum(len(s) - drop for s in kept), drop)
+        kept = _until(sequences, int(share * self.max_tokens))
+        return kept + _until(running, self.max_tokens - sum(len(s) - 1 for s in kept))
 
     @override
     def setup(self, stage: str) -> None:
@@ -170,7 +170,7 @@ def harvest(
         parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
         for batch in shards[number]:
             rows = pack_sequences([sequences[i] for i in batch]).to(view.device)
-            keep = rows.attention_mask.bool() & (rows.positions > 0)  # BOS: its activations are outliers of their own
+            keep = rows.attention_mask.bool() & (rows.positions > 0)  # the first token, BOS or not, is an outlier of its own
             _collect(view, rows, keep, parts)
         return {f"layer.{layer}": torch.cat(p) for layer, p in parts.items()}
 
@@ -182,12 +182,12 @@ def _collect(view: DecoderView, rows: Rows, keep: Tensor, parts: dict[int, list[
     visit_mlp_outputs(view, rows, list(parts), lambda layer, values: parts[layer].append(values[keep].to("cpu", torch.bfloat16)))
 
 
-def _until(sequences: list[list[int]], limit: int, drop: int) -> list[list[int]]:
-    """Sequences from the start until their tokens, less ``drop`` each, reach ``limit``."""
+def _until(sequences: list[list[int]], limit: int) -> list[list[int]]:
+    """Sequences from the start until their tokens, without the first of each, reach ``limit``."""
     kept, total = [], 0
     for sequence in sequences:
         if total >= limit:
             break
         kept.append(sequence)
-        total += len(sequence) - drop
+        total += len(sequence) - 1
     return kept
