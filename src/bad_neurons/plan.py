@@ -48,8 +48,12 @@ class Stage:
     resume: Path | None = None
 
 
-def read_run_config(path: Path) -> Config:
+def read_run_config(path: Path, further: tuple[str, ...] = ()) -> Config:
     """Read and check a run's YAML file.
+
+    Args:
+        path: the file.
+        further: sections that it may have beside a run's own.
 
     Raises:
         UserError: unreadable, not YAML, an unknown or missing option.
@@ -63,13 +67,14 @@ def read_run_config(path: Path) -> Config:
         raise UserError(f"{path}: not YAML ({error})") from error
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected options by name, such as `model: packaged:gemma-3-270m`")
+    known = (*_SHARED, *_SECTIONS, *further)
     for key in config:
-        if key not in (*_SHARED, *_SECTIONS):
-            raise UserError(f"{path}: unknown option {key!r}; a run has {', '.join((*_SHARED, *_SECTIONS))}")
+        if key not in known:
+            raise UserError(f"{path}: unknown option {key!r}; expected {', '.join(known)}")
     for key in ("model", "layers", "out"):
         if key not in config:
             raise UserError(f"{path}: `{key}` is missing")
-    for key in _SECTIONS:
+    for key in (*_SECTIONS, *further):
         if not isinstance(config.get(key), dict | (str | None if key == "sae" else None)):
             raise UserError(f"{path}: {key}: expected the stage's options by name, not {config[key]!r}")
     check_layers(config["layers"], str(path))
@@ -137,6 +142,11 @@ class _Run:
         return section if isinstance(section, dict) else {}
 
 
+def chosen_layers(config: Config, folder: Path) -> list[int]:
+    """The layers of a run; where a stage chooses them, once that stage is done."""
+    return list(_Run(config, folder).choice.layers)
+
+
 def plan(config: Config, folder: Path) -> dict[str, Callable[[], Stage]]:
     """The stages of a run in order: by name, a function that gives the stage with its complete configuration.
 
@@ -167,7 +177,7 @@ def _layers(run: _Run) -> Stage:
     if choice.on_sae:
         own |= {"sae": run.sae} | ({} if run.pretrained_sae else {"candidates": choice.candidates})
         inputs += run.sae_folders(choice.candidates)
-    config = _merge(own, {"folder": str(folder / "features"), "out": str(folder)}, choice.greedy or {})
+    config = merged(own, {"folder": str(folder / "features"), "out": str(folder)}, choice.greedy or {})
     return Stage("layers", ("layers",), config, inputs, (choice.chosen, folder / "layers.png"))
 
 
@@ -176,7 +186,7 @@ def _sae(run: _Run) -> Stage:
     topics = {"validation_topics": run.split["validation"], "test_topics": run.split["test"], "split_seed": run.split["split_seed"]}
     data = {"model": run.model, "layers": layers, "records": run.records, **topics}
     own = {"model": {"out": run.sae}, "data": {**data, "folder": str(run.folder / "sae" / "activations")}}
-    config = _merge(run.seed, own, run.section("sae"))
+    config = merged(run.seed, own, run.section("sae"))
     outputs = tuple(folder / "cfg.json" for folder in run.sae_folders(config["data"]["layers"]))
     return Stage("sae", ("sae", "fit"), config, run.record_files, outputs)
 
@@ -188,13 +198,13 @@ def _probe(run: _Run, name: str, features: str) -> Stage:
     own = {"model": {"out": str(run.folder / name)}, "data": {**data, "folder": str(run.folder / "probe" / "features")}}
     inputs = run.record_files + run.sae_folders(layers)
     outputs = (run.probe(name), run.folder / name / "metrics.json")
-    return Stage(name, ("probe", "fit"), _merge(run.seed, own, run.section("probe")), inputs, outputs)
+    return Stage(name, ("probe", "fit"), merged(run.seed, own, run.section("probe")), inputs, outputs)
 
 
 def _probes(run: _Run) -> Stage:
     folder, layers = run.folder / "probes", run.choice.layers
     own = {"model": run.model, "layers": layers, "sae": run.sae, "records": run.records, **run.split}
-    config = _merge(own, {"folder": str(folder / "features"), "out": str(folder)}, run.section("probes"))
+    config = merged(own, {"folder": str(folder / "features"), "out": str(folder)}, run.section("probes"))
     outputs = tuple(folder / f"probes.{kind}" for kind in ("json", "csv", "png"))
     return Stage("probes", ("probes",), config, run.record_files + run.sae_folders(layers), outputs)
 
@@ -203,7 +213,7 @@ def _selection(run: _Run) -> Stage:
     probe, control = run.probe("probe"), run.probe("probe-residual")
     data = {"records": run.records, **run.split, "seed": run.config.get("seed", 0)}
     own = {"model": run.model, "probe": str(probe), "control": str(control), "sae": run.sae, **data, "out": str(run.neurons.parent)}
-    config = _merge(own, run.section("select"))
+    config = merged(own, run.section("select"))
     decoded = config.get("way", "probe") == "probe"
     inputs = [probe, control] if decoded or config.get("layers") is None else []
     inputs += [] if decoded else run.record_files
@@ -225,7 +235,7 @@ def _tuning(run: _Run) -> Stage:
         "delta": {"path": str(run.delta)},
         "trainer": {"logger": logger, "callbacks": [checkpoint]},
     }
-    config = _merge(run.seed, own, run.section("tune"))
+    config = merged(run.seed, own, run.section("tune"))
     return Stage("tuning", ("tune", "fit"), config, (*run.record_files, run.neurons), (run.delta,), folder / "checkpoints" / "last.ckpt")
 
 
@@ -233,14 +243,14 @@ def _evaluation(run: _Run) -> Stage:
     results = run.folder / "evaluation" / "results.json"
     suites = {"suites": sources_of(run.records), "trained_on": run.records, **run.split}
     own = {"model": run.model, "delta": str(run.delta), **suites, "out": str(results.parent)}
-    return Stage("evaluation", ("evaluate",), _merge(own, run.section("evaluate")), (*run.record_files, run.delta), (results,))
+    return Stage("evaluation", ("evaluate",), merged(own, run.section("evaluate")), (*run.record_files, run.delta), (results,))
 
 
-def _merge(*parts: Mapping[str, Any]) -> Config:
+def merged(*parts: Mapping[str, Any]) -> Config:
     """Nested mappings laid over each other; the later one wins."""
-    merged: Config = {}
+    result: Config = {}
     for part in parts:
         for key, value in part.items():
-            both = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
-            merged[key] = _merge(merged[key], value) if both else value
-    return merged
+            both = isinstance(value, Mapping) and isinstance(result.get(key), dict)
+            result[key] = merged(result[key], value) if both else value
+    return result

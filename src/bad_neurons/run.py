@@ -24,6 +24,7 @@ import yaml
 from bad_neurons import __version__
 from bad_neurons.artifacts import digest_json, digest_path, read_json, write_json, written_aside
 from bad_neurons.errors import UserError
+from bad_neurons.models.load import model_stamp
 from bad_neurons.plan import Config, Stage, plan, read_run_config
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def run(config_path: Path, out: str | None = None, force: list[str] | None = Non
         raise UserError(f"--force {sorted(unknown)[0]}: no such stage; there are {', '.join(stages)}")
     with written_aside(folder / "config.yaml") as aside:
         aside.write_text(config_path.read_text(encoding="utf-8"), encoding="utf-8")
-    ran = {name: _run_stage(stage(), folder, name in (force or [])) for name, stage in stages.items()}
+    ran = {name: run_stage(stage(), folder, name in (force or [])) for name, stage in stages.items()}
     if any(now for _, now in ran.values()) or not _is_finished(folder):
         results = _finish(folder, {name: seconds for name, (seconds, _) in ran.items()})
     else:
@@ -75,7 +76,7 @@ def stage_key(stage: Stage) -> str:
     return digest_json([__version__, stage.command, stage.config, _model_stamp(stage.config), [digest_path(p) for p in stage.inputs]])
 
 
-def _run_stage(stage: Stage, folder: Path, force: bool) -> tuple[float, bool]:
+def run_stage(stage: Stage, folder: Path, force: bool) -> tuple[float, bool]:
     """Run or skip one stage; seconds that it took when it last ran, and whether that was now."""
     stamp = folder / stage.name / "stage.json"
     key = stage_key(stage)
@@ -119,12 +120,10 @@ def _call(stage: Stage, folder: Path, resume: bool) -> None:
 
 
 def _model_stamp(config: Config) -> Any:
-    """Something that changes when a local model folder does; names and hub ids stand for themselves."""
     model = (
         config["model"] if isinstance(config.get("model"), str) else {**config.get("model", {}), **config.get("data", {})}.get("model", "")
     )
-    folder = Path(str(model))
-    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.glob("*"))] if folder.is_dir() else model
+    return model_stamp(str(model))
 
 
 def _is_finished(folder: Path) -> bool:

@@ -121,6 +121,9 @@ class SycophancyDataModule(L.LightningDataModule):
         retention_rows: pieces of retention text beside each batch of records.
         retention_tokens: tokens of one piece.
         seed: seed of the order and the batches.
+
+    Attributes:
+        retained: token ids of all pieces of retention text, once :meth:`setup` is done.
     """
 
     def __init__(
@@ -157,6 +160,7 @@ class SycophancyDataModule(L.LightningDataModule):
         self.batch_tokens, self.retention = batch_tokens, retention
         self.retention_rows, self.retention_tokens = retention_rows, retention_tokens
         self._batches: dict[str, list[TuningBatch]] = {}
+        self.retained: list[list[int]] = []
 
     @override
     def setup(self, stage: str) -> None:
@@ -165,7 +169,7 @@ class SycophancyDataModule(L.LightningDataModule):
         split = load_split(self.records, self.validation, self.test, self.split_seed)
         tokenizer = AutoTokenizer.from_pretrained(resolve_model(self.model))
         texts = load_paragraphs(self.retention, "retention", self.seed) if self.retention and self.retention_rows else []
-        pieces = [tokenize_text(tokenizer, text)[: self.retention_tokens] for text in texts]
+        self.retained = pieces = [tokenize_text(tokenizer, text)[: self.retention_tokens] for text in texts]
         train = draw_evenly(split.train, self.max_records, self.seed)
         self._batches = {
             "fit": self.make_batches(tokenizer, train, pieces),

@@ -82,6 +82,12 @@ def layer_count(model: str) -> int:
     return count
 
 
+def model_stamp(model: str) -> Any:
+    """Something that changes when a local model folder does; names and hub ids stand for themselves."""
+    folder = Path(model)
+    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.glob("*"))] if folder.is_dir() else model
+
+
 def resolve_device(device: str) -> str:
     """``auto`` as the first GPU, or the processor where there is none."""
     import torch

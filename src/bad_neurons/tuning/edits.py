@@ -25,6 +25,7 @@ from bad_neurons.models.view import DecoderView
 from bad_neurons.selection.axes import PARTS, owned, units
 from bad_neurons.selection.neurons import NeuronSelection
 from bad_neurons.tuning.dial import Dial
+from bad_neurons.tuning.whitening import Reads
 
 Mode = Literal["delta", "hook"]
 
@@ -44,6 +45,9 @@ class Edit(Protocol):
 
     def trainable(self) -> list[nn.Parameter]:
         """The parameters for the optimizer."""
+
+    def reads(self) -> Mapping[nn.Parameter, Reads]:
+        """What each parameter multiplies, where it changes a linear map by ``D x``; others are left out."""
 
     def scaled(self, factor: float) -> AbstractContextManager[None]:
         """Context in which the change counts ``factor`` times; contexts inside each other multiply."""
@@ -99,6 +103,7 @@ class NeuronDelta(nn.Module):
         self.selection, self.first_layer, self.digest = selection, selection.first_layer, selection.digest
         self._dial = Dial()
         self.values = nn.ParameterDict()
+        self._reads: dict[nn.Parameter, Reads] = {}
         self._handles = []
         for layer, indices in selection.layers.items():
             at = owned(view, selection.axis, indices)
@@ -108,6 +113,7 @@ class NeuronDelta(nn.Module):
                 key = delta_name(layer, matrix).replace(".", "-")  # a dot is not allowed in a parameter's name
                 device = linear.weight.device
                 self.values[key] = nn.Parameter(torch.zeros(shape, device=device))
+                self._reads[self.values[key]] = Reads(layer, linear, None if rows else torch.tensor(at))
                 self.register_buffer(f"index-{key}", torch.tensor(at, device=device), persistent=False)
                 self._handles.append(linear.register_forward_hook(self._hook(key, rows)))
 
@@ -127,6 +133,10 @@ class NeuronDelta(nn.Module):
     def trainable(self) -> list[nn.Parameter]:
         """One parameter a layer and matrix."""
         return list(self.values.values())
+
+    def reads(self) -> Mapping[nn.Parameter, Reads]:
+        """The inputs of its map: all of them for rows, the chosen ones for columns."""
+        return self._reads
 
     def scaled(self, factor: float) -> AbstractContextManager[None]:
         """The change counts ``factor`` times inside the block."""
@@ -194,6 +204,10 @@ class MaskedMatrices(nn.Module):
     def trainable(self) -> list[nn.Parameter]:
         """The full matrices of the chosen layers."""
         return [weight for weight, *_ in self._parts.values()]
+
+    def reads(self) -> Mapping[nn.Parameter, Reads]:
+        """Nothing: what mixes the inputs of a whole matrix mixes frozen columns with chosen ones."""
+        return {}
 
     @contextmanager
     def scaled(self, factor: float) -> Iterator[None]:

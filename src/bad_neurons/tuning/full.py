@@ -21,6 +21,7 @@ from bad_neurons.artifacts import digest_json
 from bad_neurons.models.view import DecoderView
 from bad_neurons.tuning.dial import Dial
 from bad_neurons.tuning.edits import check_same
+from bad_neurons.tuning.whitening import Reads
 
 
 class FullDelta(nn.Module):
@@ -40,12 +41,15 @@ class FullDelta(nn.Module):
         view.check_layers(numbers, "layers of full fine-tuning")
         self._dial, self.first_layer = Dial(), numbers[0]
         self.values = nn.ParameterDict()
+        self._reads: dict[nn.Parameter, Reads] = {}
         self._handles = []
         for layer in numbers:
             for path, module in view.layers[layer].layer.named_modules():
                 own = {name: f"layers-{layer}-{path}-{name}".replace(".", "-") for name, _ in module.named_parameters(recurse=False)}
                 for name, key in own.items():
                     self.values[key] = nn.Parameter(torch.zeros_like(module.get_parameter(name), dtype=torch.float32))
+                    if isinstance(module, nn.Linear) and name == "weight":
+                        self._reads[self.values[key]] = Reads(layer, module, None)
                 if own:
                     hook = self._linear(own) if isinstance(module, nn.Linear) else self._other(own)
                     self._handles.append(module.register_forward_hook(hook))
@@ -77,6 +81,10 @@ class FullDelta(nn.Module):
     def trainable(self) -> list[nn.Parameter]:
         """One parameter for each of the layers' own."""
         return list(self.values.values())
+
+    def reads(self) -> Mapping[nn.Parameter, Reads]:
+        """All inputs of the linear maps."""
+        return self._reads
 
     def scaled(self, factor: float) -> AbstractContextManager[None]:
         """The changes count ``factor`` times inside the block."""

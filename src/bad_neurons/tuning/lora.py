@@ -17,6 +17,7 @@ from bad_neurons.errors import UserError
 from bad_neurons.models.view import ATTENTION, MATRICES, DecoderView
 from bad_neurons.tuning.dial import Dial
 from bad_neurons.tuning.edits import check_same, delta_name
+from bad_neurons.tuning.whitening import Reads
 
 ALL_MAPS = (*ATTENTION, *MATRICES)
 _ADAPTER = "default"
@@ -56,6 +57,11 @@ class LoraEdit:
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules=exactly)
             self._peft = LoraModel(view.model, config, _ADAPTER)
         self._maps = {name: view.model.get_submodule(paths[linear]) for name, linear in linears.items()}
+        self._reads = {
+            self._maps[name].lora_A[_ADAPTER].weight: Reads(layer, self._maps[name].base_layer, None)
+            for layer in sorted(layers)
+            for name in (delta_name(layer, matrix) for matrix in matrices)
+        }
         self._dial = Dial()
         self.first_layer = min(layers)
         self.digest = digest_json(["lora", rank, sorted(linears)])
@@ -66,6 +72,10 @@ class LoraEdit:
     def trainable(self) -> list[nn.Parameter]:
         """A and B of each map."""
         return list(self._parameters().values())
+
+    def reads(self) -> Mapping[nn.Parameter, Reads]:
+        """All inputs of the maps, which A reads; B reads A's."""
+        return self._reads
 
     @contextmanager
     def scaled(self, factor: float) -> Iterator[None]:

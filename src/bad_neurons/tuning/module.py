@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,9 +21,10 @@ from bad_neurons.selection.neurons import NeuronSelection
 from bad_neurons.tuning.clean_cache import CleanCache, CleanPass
 from bad_neurons.tuning.edits import EDITS, Edit, Mode, check_fits
 from bad_neurons.tuning.losses import LossSums, Supervision, loss_sums
+from bad_neurons.tuning.whitening import WhitenedAdamW, input_moments, whitener
 
 AnyEdit = TypeVar("AnyEdit", bound=Edit)
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+_MOMENT_PIECES = 128  # pieces of retention text whose inputs the optimizer `whitened` reads
 
 
 class NeuronTuner(L.LightningModule):
@@ -40,7 +41,10 @@ class NeuronTuner(L.LightningModule):
         kl_on: tokens on which the KL is taken: those of the answers, of the retention text beside them, or both.
         lr: learning rate.
         weight_decay: decay of the deltas towards the clean model (of the weights themselves in mode ``hook``).
-        optimizer: which optimizer.
+        optimizer: which optimizer; ``whitened`` is AdamW whose steps cost the retention text about the same in every direction
+            (:mod:`bad_neurons.tuning.whitening`), and a learning rate about a third of AdamW's goes as far.
+        damping: share of the mean second moment that ``whitened`` adds in each direction; towards 0 it all but forbids what the
+            text uses most, far above 1 it is AdamW.
         warmup_steps: steps over which the learning rate rises from zero.
         decay: shape of the learning rate behind the warm-up.
         dtype: dtype of the frozen model; the deltas are float32 whatever it is.
@@ -61,7 +65,8 @@ class NeuronTuner(L.LightningModule):
         kl_on: Literal["answer", "retention", "both"] = "both",
         lr: float = 1e-3,
         weight_decay: float = 0.0,
-        optimizer: Literal["adamw", "sgd"] = "adamw",
+        optimizer: Literal["adamw", "sgd", "whitened"] = "adamw",
+        damping: float = 0.03,
         warmup_steps: int = 10,
         decay: Literal["none", "linear"] = "linear",
         dtype: Dtype = "auto",
@@ -77,7 +82,9 @@ class NeuronTuner(L.LightningModule):
             if not value >= 0:
                 raise UserError(f"--model.{name} {value}: at least 0")
         self.alpha, self.beta, self.kl_on, self.lr, self.weight_decay = alpha, beta, kl_on, lr, weight_decay
-        self.optimizer, self.warmup_steps, self.decay = optimizer, warmup_steps, decay
+        if not damping > 0:
+            raise UserError(f"--model.damping {damping}: above 0, such as 0.03")
+        self.optimizer, self.damping, self.warmup_steps, self.decay = optimizer, damping, warmup_steps, decay
         self.cache_bytes, self.cache_folder = int(cache_gb * 1e9), Path(cache_folder) if cache_folder else None
         self.compile_layers, run = compile, compiled() if compile else plain
         self._run: Runner = checkpointed(run) if checkpointing else run
@@ -198,7 +205,7 @@ class NeuronTuner(L.LightningModule):
         parameters = self._edit.trainable()
         if not parameters:
             raise UserError(f"tune: nothing in {type(self._edit).__name__} learns, so it cannot be fitted; measure it as it is")
-        optimizer = OPTIMIZERS[self.optimizer](parameters, lr=self.lr, weight_decay=self.weight_decay)
+        optimizer = OPTIMIZERS[self.optimizer](self, parameters)
         steps = max(1, int(self.trainer.estimated_stepping_batches))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._rate(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -229,8 +236,43 @@ class NeuronTuner(L.LightningModule):
             if found.get(name) != value:
                 raise UserError(f"--ckpt_path: the checkpoint belongs to other {name} ({str(found.get(name))[:12]}, here {value[:12]})")
 
+    def whiteners(self) -> dict[torch.nn.Parameter, Tensor]:
+        """R of each parameter for the optimizer ``whitened``, from the data module's retention text.
+
+        Raises:
+            UserError: there is no retention text, or the edit cannot be whitened.
+        """
+        sequences = getattr(getattr(self.trainer, "datamodule", None), "retained", [])
+        if not sequences:
+            raise UserError("--model.optimizer whitened: needs retention text; give --data.retention and --data.retention_rows")
+        if not self._edit.reads():
+            raise UserError("--model.optimizer whitened: works on chosen rows and columns alone; give --mask.mode delta")
+        with self._edit.disabled():
+            moments = input_moments(self.view, self._edit.reads(), sequences[:_MOMENT_PIECES])
+        return {parameter: whitener(moment, self.damping) for parameter, moment in moments.items()}
+
     @property
     def _edit(self) -> Edit:
         if self.edit is None:
             raise UserError("tune: no neurons attached; give --mask.neurons neurons.json (callback GradientMask)")
         return self.edit
+
+
+def _adamw(tuner: NeuronTuner, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=tuner.lr, weight_decay=tuner.weight_decay)
+
+
+def _sgd(tuner: NeuronTuner, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=tuner.lr, weight_decay=tuner.weight_decay)
+
+
+def _whitened(tuner: NeuronTuner, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return WhitenedAdamW(parameters, tuner.whiteners(), lr=tuner.lr, weight_decay=tuner.weight_decay)
+
+
+# To add an optimizer, write such a function and add its name to the option `optimizer`.
+OPTIMIZERS: dict[str, Callable[[NeuronTuner, list[torch.nn.Parameter]], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "sgd": _sgd,
+    "whitened": _whitened,
+}

@@ -28,6 +28,7 @@ from bad_neurons.models.prompts import tokenize
 from bad_neurons.models.view import DecoderView
 from bad_neurons.tuning.dial import Dial
 from bad_neurons.tuning.edits import check_same
+from bad_neurons.tuning.whitening import Reads
 
 
 class Steering(nn.Module):
@@ -58,6 +59,10 @@ class Steering(nn.Module):
     def trainable(self) -> list[nn.Parameter]:
         """Nothing."""
         return []
+
+    def reads(self) -> Mapping[nn.Parameter, Reads]:
+        """Nothing."""
+        return {}
 
     def scaled(self, factor: float) -> AbstractContextManager[None]:
         """The vectors count ``factor`` times inside the block."""

@@ -139,7 +139,7 @@ def test_an_endpoint_that_is_down_ends_the_run(endpoint, judge, ask, verdicts):
 
 def test_nobody_listens(judge, ask, verdicts, endpoint):
     endpoint.close()
-    with pytest.raises(UserError, match="no reply from .*ConnectError"):
+    with pytest.raises(UserError, match=r"no reply from .*ConnectError"):
         verdicts(judge(attempts=2), ask(6))
 
 

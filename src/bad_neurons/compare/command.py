@@ -1,0 +1,281 @@
+"""``bad-neurons compare``: methods by seeds by strengths on one model, each cell kept under a digest of its inputs.
+
+The configuration is that of a run (model, layers, records, and sections for the SAEs, the probe, the choice and the tuning, here the
+defaults of all methods), with two sections more: ``compare`` and ``methods``. A method's ``correction``, ``select`` and ``tune``
+win over the defaults.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+from argparse import ArgumentParser
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from tqdm.auto import tqdm
+
+from bad_neurons.artifacts import read_json, write_json, written_aside
+from bad_neurons.compare.setting import Cell, Options, Setting, cells_of
+from bad_neurons.data.splits import sources_of
+from bad_neurons.errors import UserError
+from bad_neurons.evaluation.evaluate import suite_name
+from bad_neurons.plan import Config, chosen_layers, merged, plan, read_run_config
+from bad_neurons.run import run_stage
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from bad_neurons.compare.workbench import Workbench
+
+log = logging.getLogger(__name__)
+
+_PREPARED = ("sae", "layers", "probe", "probe-residual")  # stages of a run that methods read from
+_GIB_A_PROCESS = 4
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"compare: {message}")
+
+
+def compare_command(arguments: list[str]) -> None:
+    """``bad-neurons compare --config FILE [--out FOLDER] [--processes N] [--only METHOD]``."""
+    parser = _Parser(prog="bad-neurons compare", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--config", required=True, help="YAML file of the comparison, such as configs/compare-quick.yaml")
+    parser.add_argument("--out", help="folder of the results, instead of the configuration's `out`")
+    parser.add_argument(
+        "--processes", type=int, default=0, help="cells at a time, each with its share of the cores; 0: as many as there is room for"
+    )
+    parser.add_argument("--only", action="append", metavar="METHOD", help="this method's cells alone; may be repeated")
+    options = parser.parse_args(arguments)
+    compare(Path(options.config), options.out, options.processes, options.only)
+
+
+def compare(config_path: Path, out: str | None = None, processes: int = 0, only: Sequence[str] | None = None) -> Path:
+    """Run the cells that are not there yet, and write the tables and plots of all that are.
+
+    Returns:
+        The folder of the results.
+
+    Raises:
+        UserError: a bad configuration, or cells that failed; the others are kept.
+    """
+    config = read_run_config(config_path, ("compare", "methods"))
+    folder = Path(out or config["out"])
+    methods = methods_of(config, str(config_path))
+    if unknown := sorted(set(only or ()) - set(methods)):
+        raise UserError(f"--only {unknown[0]}: no such method; there are {', '.join(methods)}")
+    with written_aside(folder / "config.yaml") as aside:
+        aside.write_text(config_path.read_text(encoding="utf-8"), encoding="utf-8")
+    _prepare(config, folder, methods)
+    own = config.get("compare") or {}
+    setting = setting_of(config, folder)
+    chosen = {name: method for name, method in methods.items() if name in (only or methods)}
+    cells = list(cells_of(chosen, own.get("seeds", [0]), own.get("examples", [0]), own.get("strengths", [1.0])))
+    failed = run_cells(setting, cells, folder / "cells", processes)
+    write_results(
+        folder, config, setting, list(cells_of(methods, own.get("seeds", [0]), own.get("examples", [0]), own.get("strengths", [1.0])))
+    )
+    if failed:
+        raise UserError(f"{len(failed)} of {len(cells)} cells failed, the others are kept; the first: {failed[0]}")
+    return folder
+
+
+def methods_of(config: Config, where: str) -> dict[str, Options]:
+    """Each method's complete options: the run's sections ``select`` and ``tune`` under its own.
+
+    Raises:
+        UserError: no method, or an option that methods do not have.
+    """
+    known = ("correction", "select", "tune", "lora", "steering", "strengths", "seeds")
+    methods = config.get("methods") or {}
+    if not methods:
+        raise UserError(f"{where}: `methods` is missing; expected methods by name, such as `random: {{select: {{way: random}}}}`")
+    for name, method in methods.items():
+        if not isinstance(method, dict) or (unknown := sorted(set(method) - set(known))):
+            what = f"has the option {unknown[0]!r}" if isinstance(method, dict) else f"is {method!r}"
+            raise UserError(f"{where}: methods.{name} {what}; expected {', '.join(known)}")
+    shared = {"select": config.get("select") or {}, "tune": config.get("tune") or {}}
+    return {name: merged(shared, method) for name, method in methods.items()}
+
+
+def setting_of(config: Config, folder: Path) -> Setting:
+    """What all cells share, from a configuration whose preparing stages are done."""
+    own, records = config.get("compare") or {}, str(config.get("records", "embedded"))
+    split = {name: config[name] for name in ("validation", "test", "split_seed") if name in config}
+    sae = config["sae"] if isinstance(config.get("sae"), str) else str(folder / "sae")
+    probe = folder / "probe" / "probe.safetensors"
+    measured = {name: own[name] for name in ("side", "max_items", "text", "max_paragraphs", "dtype") if name in own}
+    return Setting(
+        model=str(config["model"]), layers=tuple(chosen_layers(config, folder)), records=records,
+        suites=tuple(own.get("suites", sources_of(records))), **split, **measured,
+        probe=str(probe) if probe.is_file() else None, sae=sae if probe.is_file() else None,
+    )  # fmt: skip
+
+
+def _prepare(config: Config, folder: Path, methods: dict[str, Options]) -> None:
+    """Run the stages that some method reads from: the choice of layers, SAEs and probes."""
+    decoded = any(method["select"].get("way", "probe") == "probe" for method in methods.values() if _chooses(method))
+    wanted = _PREPARED if decoded else ("layers",)
+    run = {key: value for key, value in config.items() if key not in ("compare", "methods")}
+    for name, stage in plan(run, folder).items():
+        if name in wanted:
+            run_stage(stage(), folder, force=False)
+
+
+def _chooses(method: Options) -> bool:
+    return method.get("correction", "neurons") == "neurons"
+
+
+def run_cells(setting: Setting, cells: Sequence[Cell], folder: Path, processes: int = 0) -> list[str]:
+    """Run the cells whose results are not in ``folder``; one line for each that failed."""
+    stamp = setting.stamp
+    missing = [cell for cell in cells if not cell.path(folder, stamp).is_file()]
+    log.info("%d cells, %d of them done already", len(cells), len(cells) - len(missing))
+    if not missing:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    count = min(processes or _room(), len(missing))
+    failed = []
+    with tqdm(total=len(missing), desc="cells", unit="cell") as bar:
+        for cell, error in _outcomes(setting, missing, folder, stamp, count):
+            bar.update()
+            bar.set_postfix_str(cell.method)
+            if error:
+                failed.append(f"{cell.method}, seed {cell.seed}, {cell.examples or 'all'} examples: {error}")
+                log.error("failed: %s", failed[-1])
+    return failed
+
+
+def _outcomes(setting: Setting, cells: Sequence[Cell], folder: Path, stamp: str, processes: int) -> Iterator[tuple[Cell, str | None]]:
+    """Each cell as it is done, with the message of a failure."""
+    if processes == 1:
+        from bad_neurons.compare.workbench import Workbench
+
+        bench = Workbench(setting)
+        for cell in cells:
+            try:
+                _run_cell(bench, cell, cell.path(folder, stamp))
+                yield cell, None
+            except UserError as error:
+                yield cell, str(error)
+        return
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    spawned = multiprocessing.get_context("spawn")  # forked threads of a model would hang
+    with ProcessPoolExecutor(processes, spawned, _start_worker, (setting, threads)) as pool:
+        waiting: dict[Future[None], Cell] = {pool.submit(_work, cell, cell.path(folder, stamp)): cell for cell in cells}
+        for done in as_completed(waiting):
+            error = done.exception()
+            if error is not None and not isinstance(error, UserError):
+                pool.shutdown(cancel_futures=True)
+                raise error
+            yield waiting[done], str(error) if error else None
+
+
+_bench: Workbench | None = None  # of a worker process
+
+
+def _start_worker(setting: Setting, threads: int) -> None:
+    global _bench
+    import torch
+
+    from bad_neurons.compare.workbench import Workbench
+
+    torch.set_num_threads(threads)
+    os.environ["TQDM_DISABLE"] = "1"
+    _bench = Workbench(setting)
+
+
+def _work(cell: Cell, path: Path) -> None:
+    assert _bench
+    _run_cell(_bench, cell, path)
+
+
+def _run_cell(bench: Workbench, cell: Cell, path: Path) -> None:
+    write_json(path, bench.run(cell))
+
+
+def _room() -> int:
+    """Processes that fit into processor and memory; one where there is a GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / 2**30
+    return max(1, min(os.cpu_count() or 1, int(memory / _GIB_A_PROCESS)))
+
+
+def results_of(setting: Setting, cells: Sequence[Cell], folder: Path) -> list[dict[str, Any]]:
+    """Results of the cells that are done."""
+    paths = [cell.path(folder, setting.stamp) for cell in cells]
+    return [read_json(path, "result of a cell") for path in paths if path.is_file()]
+
+
+def tables_of(results: Sequence[Mapping[str, Any]], records: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """``cells`` and ``items``, as :func:`bad_neurons.compare.tables.make_tables` reads them."""
+    import pandas as pd
+
+    cells: list[dict[str, Any]] = []
+    items: list[dict[str, Any]] = []
+    trained_on = ",".join(suite_name(source) for source in sources_of(records))
+    for result in results:
+        key = {name: result[name] for name in ("method", "seed", "examples")}
+        facts = {name: result.get(name) for name in ("correction", "neurons", "share", "parameters", "train_seconds")}
+        for measured in result["strengths"]:
+            at = {**key, "strength": measured["strength"]}
+            right = {name: _right(rows) for name, rows in (("before", result["clean"]), ("after", measured["items"]))}
+            accuracy = {f"accuracy_{when}": sum(found) / len(found) if found else None for when, found in right.items()}
+            effects = {"kl": measured["kl_per_token"], **{f"perplexity_{w}": measured[f"perplexity_{w}"] for w in ("before", "after")}}
+            cells.append({**at, **facts, **effects, **accuracy, "trained_on": trained_on})
+            items += [{**at, **row} for row in _items(result["clean"], measured["items"])]
+    return pd.DataFrame(cells), pd.DataFrame(items)
+
+
+def _items(clean: Mapping[str, list[Any]], edited: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    """A row for each item with a neutral prompt that both models were scored on."""
+    for suite, rows in edited.items():
+        for before, after in zip(clean[suite], rows, strict=True):
+            if before["valid"] and after["valid"] and before.get("odds_neutral") is not None:
+                yield {
+                    "suite": suite, "topic": before["topic"], "id": before["id"], "person_is_right": before["person_is_right"],
+                    "before": before["odds"] - before["odds_neutral"], "after": after["odds"] - after["odds_neutral"],
+                    "odds_before": before["odds"], "odds_after": after["odds"],
+                    "accurate_before": _accurate(before), "accurate_after": _accurate(after),
+                }  # fmt: skip
+
+
+def _accurate(row: Mapping[str, Any]) -> bool | None:
+    """Whether the model finds what is true likelier when nobody has said anything; None for a matter of opinion."""
+    right = row["person_is_right"]
+    return None if right is None else (row["odds_neutral"] > 0) == right
+
+
+def _right(suites: Mapping[str, list[Any]]) -> list[bool]:
+    found = [_accurate(row) for rows in suites.values() for row in rows if row["valid"] and row.get("odds_neutral") is not None]
+    return [one for one in found if one is not None]
+
+
+def write_results(folder: Path, config: Config, setting: Setting, cells: Sequence[Cell]) -> None:
+    """Tables, plots and a summary of the cells that are done."""
+    from rich.console import Console
+
+    from bad_neurons.compare.plots import write_plots
+    from bad_neurons.compare.tables import make_tables
+    from bad_neurons.compare.text import page, summary_table
+
+    own = config.get("compare") or {}
+    rows, items = tables_of(results_of(setting, cells, folder / "cells"), setting.records)
+    if rows.empty:
+        raise UserError(f"{folder}: no cell is done, so there is nothing to compare")
+    levels = own.get("kl_levels", [0.002, 0.005, 0.01, 0.02])
+    tables = make_tables(items, rows, own.get("reference", "random"), levels, own.get("kl_bound", 0.01))
+    tables.write(folder)
+    write_plots(tables, folder / "plots")
+    with written_aside(folder / "compare.md") as aside:
+        aside.write_text(page(tables), encoding="utf-8")
+    Console().print(summary_table(tables))
+    log.info("tables: %s\nplots:  %s", folder / "compare.csv", folder / "plots")

@@ -1,0 +1,110 @@
+"""From a cell's options to a correction on the model: chosen neurons, LoRA, every weight, or a steering vector.
+
+To add a kind, write a function from workbench, cell and edit options to a :class:`Correction`, and name it in :data:`CORRECTIONS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bad_neurons.errors import UserError
+from bad_neurons.probe.module import read_probe
+from bad_neurons.selection.select import choose
+from bad_neurons.selection.ways import READS, WAYS, Material, scores_of
+from bad_neurons.tuning.edits import Edit, NeuronDelta
+from bad_neurons.tuning.full import FullDelta
+from bad_neurons.tuning.lora import LoraEdit, lora_rank
+from bad_neurons.tuning.steering import Steering, steering_vectors
+
+if TYPE_CHECKING:
+    from bad_neurons.compare.setting import Cell
+    from bad_neurons.compare.workbench import Workbench
+
+
+class Correction(NamedTuple):
+    """A correction that is on the model and has changed nothing yet.
+
+    Attributes:
+        edit: what can learn, or is given (steering).
+        facts: ``parameters``, and ``neurons`` and ``share`` where neurons were chosen.
+    """
+
+    edit: Edit
+    facts: dict[str, Any]
+
+
+def build_correction(bench: Workbench, cell: Cell) -> Correction:
+    """Put the correction of a cell on the workbench's model.
+
+    Raises:
+        UserError: an unknown kind or option.
+    """
+    kind = cell.options.get("correction", "neurons")
+    if kind not in CORRECTIONS:
+        raise UserError(f"method {cell.method}: correction {kind!r}; expected one of {', '.join(CORRECTIONS)}")
+    edit, facts = CORRECTIONS[kind](bench, cell)
+    parameters = sum(p.numel() for p in edit.trainable())
+    return Correction(edit, {"correction": kind, "parameters": parameters, "neurons": None, "share": None, **facts})
+
+
+def _neurons(bench: Workbench, cell: Cell) -> Correction:
+    """Neurons (or heads) chosen in one of the ways of ``selection/ways``, with the options of ``bad-neurons select``."""
+    select = {"way": "probe", "axis": "residual", "rule": "top_p", "amount": 0.2, "objective": "odds", "damping": 0.1, "max_texts": 64}
+    select |= cell.options.get("select") or {}
+    if select["way"] not in WAYS:
+        raise UserError(f"method {cell.method}: way {select['way']!r}; expected one of {', '.join(WAYS)}")
+    reads = READS[select["way"]]
+    probe = select.get("probe") or bench.setting.probe
+    material = Material(
+        lm=bench.lm,
+        layers=select.get("layers") or list(bench.setting.layers),
+        axis=select["axis"],
+        records=bench.training_records(cell.examples or select.get("max_records", 256), cell.seed) if "records" in reads else (),
+        texts=bench.retention(cell.seed)[: select["max_texts"]] if "texts" in reads else (),
+        probe=read_probe(probe) if "probe" in reads and probe else None,
+        sae=select.get("sae") or bench.setting.sae,
+        objective=select["objective"],
+        damping=select["damping"],
+        seed=cell.seed,
+    )
+    scores = scores_of(material, select["way"])
+    like = None
+    if select.get("like"):  # the counts of another method's choice with the same seed
+        other = {**cell.options, "select": {key: value for key, value in select.items() if key != "like"} | select["like"]}
+        edit, _ = _neurons(bench, cell._replace(options=other))
+        edit.remove()
+        like = {layer: len(indices) for layer, indices in edit.selection.layers.items()}  # type: ignore[attr-defined]
+    selection = choose(scores, select["rule"], select["amount"], bench.lm, select["axis"], like)
+    by_layer = {str(layer): len(indices) for layer, indices in selection.layers.items()}
+    facts = {"neurons": selection.count, "share": selection.share, "by_layer": by_layer, "first_layer": selection.first_layer}
+    return Correction(NeuronDelta(bench.view, selection), facts)
+
+
+def _lora(bench: Workbench, cell: Cell) -> Correction:
+    """LoRA on the MLPs of the layers, with as many parameters as ``share`` of their neurons would have, or of a given ``rank``."""
+    options = {"rank": None, "share": 0.03, **(cell.options.get("lora") or {})}
+    layers, view = list(bench.setting.layers), bench.view
+    same = round(options["share"] * view.d_mlp * len(layers)) * 3 * view.d_model
+    rank = options["rank"] or lora_rank(view, layers, same)
+    return Correction(LoraEdit(view, layers, rank, seed=cell.seed), {"rank": rank})
+
+
+def _full(bench: Workbench, cell: Cell) -> Correction:
+    """Every weight of all decoder layers."""
+    return Correction(FullDelta(bench.view), {})
+
+
+def _steering(bench: Workbench, cell: Cell) -> Correction:
+    """The mean difference of activations, added behind one layer (the middle one of the setting's, or ``layers``)."""
+    layers = (cell.options.get("steering") or {}).get("layers") or [bench.setting.layers[len(bench.setting.layers) // 2]]
+    records = bench.training_records(cell.examples, cell.seed)
+    return Correction(Steering(bench.view, steering_vectors(bench.view, bench.lm.tokenizer, records, layers)), {"layers": layers})
+
+
+CORRECTIONS: dict[str, Callable[[Workbench, Cell], Correction]] = {
+    "neurons": _neurons,
+    "lora": _lora,
+    "full": _full,
+    "steering": _steering,
+}
