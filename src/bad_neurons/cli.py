@@ -15,6 +15,7 @@ from bad_neurons.errors import UserError
 # command: (module, function, one line of help). The function takes the remaining arguments.
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "run": ("bad_neurons.run", "run_command", "all stages of one configuration, skipping what is done"),
+    "compare": ("bad_neurons.compare.command", "compare_command", "methods by seeds by strengths on one model, at equal side effect"),
     "sae": ("bad_neurons.stages", "sae_command", "train sparse autoencoders on MLP outputs: sae fit|validate|test"),
     "layers": ("bad_neurons.stages", "layers_command", "choose the layers of the probe by greedy forward selection"),
     "probe": ("bad_neurons.stages", "probe_command", "train a linear probe on pooled features: probe fit|validate|test"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
@@ -23,6 +23,7 @@ from bad_neurons.data.text import load_paragraphs
 from bad_neurons.errors import UserError
 from bad_neurons.models.load import resolve_model
 from bad_neurons.models.prompts import Turn, tokenize, tokenize_text
+from bad_neurons.tuning.shift import Pairs
 
 Target = Literal["honest", "neutral", "mixed"]
 
@@ -56,6 +57,7 @@ class TuningBatch(NamedTuple):
         retained: [N], float32; number of retention tokens that the place stands for, 0 for answers.
         teacher: where the distributions of taught places come from, or None where A is 0.
         key: digest of what the clean model is asked: the rows and the places.
+        pairs: both positions of the records that have a teacher, token by token, or None where A is 0.
     """
 
     rows: Rows
@@ -66,6 +68,7 @@ class TuningBatch(NamedTuple):
     retained: Tensor
     teacher: TeacherBatch | None = None
     key: str = ""
+    pairs: Pairs | None = None
 
     @property
     def answer(self) -> Tensor:
@@ -294,7 +297,19 @@ def _collate(answers: Sequence[_Group], retained: Sequence[_Group], weights: tup
     asked = TeacherBatch(teacher.rows, there[there >= 0]) if teacher else None
     read = [(packed.rows, at), *([asked] if asked else [])]
     key = digest_json([[t.tolist() for t in (rows.input_ids, rows.positions, rows.ends, places)] for rows, places in read])
-    return TuningBatch(packed.rows, at, targets, honest, neutral, kept, asked, key)
+    pairs = _pairs(answers, packed.starts, {place: number for number, (place, _) in enumerate(ordered)}) if teacher else None
+    return TuningBatch(packed.rows, at, targets, honest, neutral, kept, asked, key, pairs)
+
+
+def _pairs(groups: Sequence[_Group], starts: Sequence[int], numbers: Mapping[int, int]) -> Pairs:
+    """Both positions of each group that has a teacher; ``numbers`` are those of the places by flat place."""
+    rows: list[tuple[int, int, int, float]] = []
+    taught = [(group, start) for group, start in zip(groups, starts, strict=False) if group.teacher]
+    for record, (group, start) in enumerate(taught):
+        for sign, path, first in zip((1.0, -1.0), group.tree.paths[group.untaught :], group.firsts[group.untaught :], strict=True):
+            rows += [(numbers[start + path[s]], group.tree.ids[path[s + 1]], record, sign) for s in range(first, len(path) - 1)]
+    at, targets, records, signs = (torch.tensor(column) for column in zip(*rows, strict=True))
+    return Pairs(at, targets, records, signs, len(taught))
 
 
 def _add_answers(places: dict[int, _Place], group: _Group, start: int, teacher_start: int, weights: tuple[float, float]) -> None:

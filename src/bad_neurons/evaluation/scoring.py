@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from bad_neurons.batching import Rows, shared_batches
-from bad_neurons.models.head import ROWS, Logits
+from bad_neurons.models.head import token_log_probs
 from bad_neurons.models.passes import Switch, before_and_after
 from bad_neurons.models.prompts import Turn, tokenize
 from bad_neurons.models.view import DecoderView
@@ -100,14 +100,3 @@ def _score(view: DecoderView, rows: Rows, places: list[list[int]], answers: list
         torch.stack([part.sum() for part in token_log_probs(view, h, row, targets).split(lengths)]) for h in hidden[: 2 if edit else 1]
     ]
     return scores[0], scores[-1]
-
-
-def token_log_probs(view: DecoderView, hidden: Tensor, row: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability [N], float32 on the processor, of each target [N] under the head at place ``row`` [N] of ``hidden`` [U, d]."""
-    found = torch.empty(len(targets))
-    for start in range(0, len(hidden), ROWS):
-        inside = ((row >= start) & (row < start + ROWS)).nonzero().squeeze(-1)
-        logits = Logits(view, hidden[start : start + ROWS])
-        here, ids = (row[inside] - start).to(hidden.device), targets[inside].to(hidden.device)
-        found[inside] = (logits.at(here, ids) - logits.log_norm[here, 0]).cpu()
-    return found

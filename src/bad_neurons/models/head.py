@@ -4,7 +4,7 @@
 they are kept in the model's own dtype, and whatever is asked of them (normaliser, mean, KL, gradient) goes over blocks that
 stay in the processor's cache.
 
-Legend: R places, d hidden size, V vocabulary.
+Legend: R or U places, d hidden size, V vocabulary, N tokens that are asked for.
 """
 
 from __future__ import annotations
@@ -131,6 +131,17 @@ class Logits:
         part.raw, part._view, part._step = self.raw[rows], self._view, self._step
         part.__dict__ |= {"top": self.top[rows], "_walk": _Walk(*(t[rows] for t in self._walk))}
         return part
+
+
+def token_log_probs(view: DecoderView, hidden: Tensor, row: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability [N], float32 on the processor, of each target [N] under the head at place ``row`` [N] of ``hidden`` [U, d]."""
+    found = torch.empty(len(targets))
+    for start in range(0, len(hidden), ROWS):
+        inside = ((row >= start) & (row < start + ROWS)).nonzero().squeeze(-1)
+        logits = Logits(view, hidden[start : start + ROWS])
+        here, ids = (row[inside] - start).to(hidden.device), targets[inside].to(hidden.device)
+        found[inside] = (logits.at(here, ids) - logits.log_norm[here, 0]).cpu()
+    return found
 
 
 def _total(parts: list[Tensor]) -> Tensor:

@@ -20,11 +20,13 @@ class CleanPass(NamedTuple):
         hidden: input [n, d] of the first edited layer.
         final: hidden states [N, d] behind the final norm at the supervised places.
         teacher: the same [A, d] of the teacher's rows at the taught places, or None where there are none.
+        odds: log-odds [R] of the agreeing position that the teacher gives each record, float32, or None.
     """
 
     hidden: Tensor
     final: Tensor
     teacher: Tensor | None = None
+    odds: Tensor | None = None
 
     @property
     def bytes(self) -> int:

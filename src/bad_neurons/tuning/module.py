@@ -21,6 +21,7 @@ from bad_neurons.selection.neurons import NeuronSelection
 from bad_neurons.tuning.clean_cache import CleanCache, CleanPass
 from bad_neurons.tuning.edits import EDITS, Edit, Mode, check_fits
 from bad_neurons.tuning.losses import LossSums, Supervision, loss_sums
+from bad_neurons.tuning.shift import Shift, log_odds, shift_loss
 from bad_neurons.tuning.whitening import WhitenedAdamW, input_moments, whitener
 
 AnyEdit = TypeVar("AnyEdit", bound=Edit)
@@ -38,6 +39,8 @@ class NeuronTuner(L.LightningModule):
         model: ``packaged:<name>``, a folder, or a hub id.
         alpha: weight of KL(clean || tuned) per token.
         beta: weight of the entropy of the tuned distribution per token.
+        shift_weight: weight of the opinion shift itself, per record and beside the target, where records have a neutral prompt
+            (targets ``neutral`` and ``mixed``; :mod:`bad_neurons.tuning.shift`).
         kl_on: tokens on which the KL is taken: those of the answers, of the retention text beside them, or both.
         lr: learning rate.
         weight_decay: decay of the deltas towards the clean model (of the weights themselves in mode ``hook``).
@@ -62,6 +65,7 @@ class NeuronTuner(L.LightningModule):
         model: str,
         alpha: float = 1.0,
         beta: float = 0.0,
+        shift_weight: float = 0.0,
         kl_on: Literal["answer", "retention", "both"] = "both",
         lr: float = 1e-3,
         weight_decay: float = 0.0,
@@ -77,10 +81,11 @@ class NeuronTuner(L.LightningModule):
         _loaded: LanguageModel | None = None,  # the underscore keeps it off the command line
     ) -> None:
         super().__init__()
-        bounded = {"alpha": alpha, "beta": beta, "lr": lr, "weight_decay": weight_decay, "cache_gb": cache_gb}
+        bounded = {"alpha": alpha, "beta": beta, "lr": lr, "weight_decay": weight_decay, "cache_gb": cache_gb, "shift_weight": shift_weight}
         for name, value in bounded.items():
             if not value >= 0:
                 raise UserError(f"--model.{name} {value}: at least 0")
+        self.shift_weight = shift_weight
         self.alpha, self.beta, self.kl_on, self.lr, self.weight_decay = alpha, beta, kl_on, lr, weight_decay
         if not damping > 0:
             raise UserError(f"--model.damping {damping}: above 0, such as 0.03")
@@ -109,7 +114,7 @@ class NeuronTuner(L.LightningModule):
         self.edit = edit
         # Whatever the numbers of a clean pass depend on besides the batch itself.
         attention = self.lm.config._attn_implementation
-        how = [str(self.lm.dtype), attention, self.compile_layers, torch.__version__]
+        how = [str(self.lm.dtype), attention, self.compile_layers, torch.__version__, CleanPass._fields]
         origin = digest_json([self.model_digest, edit.first_layer, *how])
         shared = cache is not None and cache.origin == origin
         self.clean_cache = cache if cache is not None and shared else CleanCache(self.cache_bytes, self.cache_folder, origin)
@@ -135,7 +140,18 @@ class NeuronTuner(L.LightningModule):
         tuned = finish(self.view, frame, hidden, self._edit.first_layer, batch.at, self._run)
         stays = {"answer": batch.answer, "retention": batch.retained, "both": batch.answer + batch.retained}[self.kl_on]
         asked = Supervision(clean.final, batch.targets, batch.honest, stays, batch.neutral, clean.teacher)
-        return loss_sums(self.view, tuned, asked, self.alpha, self.beta)
+        sums = loss_sums(self.view, tuned, asked, self.alpha, self.beta)
+        if not self.shift_weight or batch.pairs is None or clean.odds is None:
+            return sums
+        shift = shift_loss(self.view, tuned, batch.pairs, clean.odds)
+        # The sums are divided by the weight of all answer tokens in the end; a mean over records is wanted of this one.
+        weight = self.shift_weight * float(batch.answer.sum()) / batch.pairs.count
+        self._log_shift(shift, batch.pairs.count)
+        return sums._replace(loss=sums.loss + weight * shift.loss)
+
+    def _log_shift(self, shift: Shift, records: int) -> None:
+        if self._trainer is not None and self.trainer.training:
+            self.log("train/abs_shift", shift.shifts.abs().mean(), batch_size=records, on_step=True)
 
     def _clean_pass(self, batch: TuningBatch, frame: Frame) -> CleanPass:
         """What the clean model says of the batch: kept from an earlier epoch or run, or computed now."""
@@ -146,7 +162,8 @@ class NeuronTuner(L.LightningModule):
             hidden = run_layers(self.view, frame, frame.embedded, last=self._edit.first_layer)
             final = finish(self.view, frame, hidden, self._edit.first_layer, batch.at, self._run)  # as the tuned side: KL 0 at the start
             teacher = final_hidden(self.view, *batch.teacher) if batch.teacher else None
-        clean = CleanPass(hidden[batch.rows.attention_mask.bool()], final, teacher)
+            odds = log_odds(self.view, teacher, batch.pairs) if teacher is not None and batch.pairs else None
+        clean = CleanPass(hidden[batch.rows.attention_mask.bool()], final, teacher, odds)
         cache.put(batch.key, clean)
         return clean
 
