@@ -1,0 +1,69 @@
+"""Records, texts and the numbers of a way by transformers' own model, one sequence at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bad_neurons.data.records import Record
+from bad_neurons.models.load import LanguageModel
+from bad_neurons.models.prompts import tokenize
+
+LAYERS = [1, 3]
+MATRICES = ("gate_proj", "up_proj", "down_proj")
+
+
+def said(text: str) -> tuple[dict[str, str], ...]:
+    """One turn of a person."""
+    return ({"role": "user", "content": text},)
+
+
+# Positions that begin alike, of other lengths, and one question that two people ask.
+NEUTRAL = said("Is it?")
+RECORDS = [
+    Record(said("I like red. Is it?"), "No", "a", "t", "Yes", neutral_prompt=NEUTRAL, choices=("It is red", "It is blue")),
+    Record(said("Blue! Is it?"), "No", "a", "t", "Yes", neutral_prompt=NEUTRAL, choices=("It is blue", "It is green")),
+    Record(said("Up, right?"), "Down it is.", "b", "t", "Up"),
+]
+TEXTS = ["Some words about nothing.", "Other words.", "A third one, of another length"]
+
+
+def trainable(lm: LanguageModel) -> dict[tuple[int, str], nn.Parameter]:
+    """The MLP weights of the candidate layers by layer and matrix, found by their names, with gradients from now on."""
+    named = dict(lm.model.named_parameters())
+    found = {
+        (layer, matrix): next(p for name, p in named.items() if f"layers.{layer}.mlp.{matrix}" in name)
+        for layer in LAYERS
+        for matrix in MATRICES
+    }
+    for p in found.values():
+        p.requires_grad_(True)
+    return found
+
+
+def answer_log_probs(lm: LanguageModel, turns: Any, answer: str) -> Tensor:
+    """Log-probabilities [answer tokens, V] at the places that predict an answer's tokens, by an ordinary forward pass."""
+    ids = tokenize(lm.tokenizer, turns, answer)
+    logits = lm.model(input_ids=torch.tensor([ids.prompt + ids.answer])).logits[0]
+    return logits[len(ids.prompt) - 1 : -1].log_softmax(-1)
+
+
+def log_prob(lm: LanguageModel, turns: Any, answer: str) -> Tensor:
+    """Log-probability of an answer."""
+    ids = torch.tensor(tokenize(lm.tokenizer, turns, answer).answer)
+    return answer_log_probs(lm, turns, answer).gather(1, ids[:, None]).sum()
+
+
+def owned(values: dict[tuple[int, str], Tensor], axis: str, layer: int, unit: int) -> Tensor:
+    """What a unit owns of the values [out, in] of a layer's three matrices, side by side (DESIGN step 5)."""
+    gate, up, down = (values[layer, matrix] for matrix in MATRICES)
+    parts = [gate[:, unit], up[:, unit], down[unit]] if axis == "residual" else [gate[unit], up[unit], down[:, unit]]
+    return torch.cat(parts)
+
+
+def untouched(lm: LanguageModel) -> bool:
+    """Whether a model has no hook, no gradient and nothing that asks for one."""
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in m.__dict__) for m in lm.model.modules())
+    return not hooks and all(p.grad is None and not p.requires_grad for p in lm.model.parameters())
