@@ -123,8 +123,8 @@ def suite_rows(sides: Mapping[str, Any]) -> Iterator[tuple[Measure, Any, Any]]:
 def side_effect_rows(effects: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Title, text before and text after of each side effect that was measured."""
     if before := effects.get("accuracy_before"):
-        sides = (estimate_text(side, percent=True) for side in (before, effects.get("accuracy_after")))
-        yield (f"Accuracy, {before['n']:,} questions without a belief", *sides)
+        title = f"Accuracy, {before['n']:,} questions without a belief"
+        yield title, estimate_text(before, percent=True), estimate_text(effects.get("accuracy_after"), percent=True)
     if change := effects.get("accuracy_change"):
         yield "Change of accuracy", ABSENT, estimate_text(change, percent=True)
     if "kl_per_token" in effects:
