@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from bad_neurons.cli import main
 from bad_neurons.plan import plan, read_run_config
+from bad_neurons.run import stage_key
 from helpers import tiny_run_config
 
 STAGES = ["sae", "probe", "probe-residual", "selection", "tuning", "evaluation"]
@@ -138,6 +139,23 @@ def test_stage_configuration_runs_alone(finished, tmp_path):
     assert main(["tune", "fit", "--config", str(folder / "run" / "tuning" / "config.yaml")]) == 0
     assert delta.read_bytes() == old
     assert main(["probe", "validate", "--config", str(folder / "run" / "probe" / "config.yaml")]) == 0
+
+
+def test_an_evaluation_runs_again_when_the_file_of_a_suite_comes_or_changes(tmp_path, monkeypatch):
+    """Whether it must be measured, is measured where it is here, or lies in one's home folder."""
+    folder = tmp_path / "truthfulqa"
+    folder.mkdir()
+    monkeypatch.setenv("BAD_NEURONS_DATA", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    evaluate = {"suites": ["embedded", "~/own.jsonl"]}
+    config = read_run_config(tiny_run_config(tmp_path, records="embedded", evaluate=evaluate))
+    keys = []
+    for path in (tmp_path / "other.jsonl", tmp_path / "own.jsonl", folder / "TruthfulQA.csv"):
+        for text in ("one", "two"):
+            path.write_text(text)
+            keys.append(stage_key(plan(config, tmp_path / "run")["evaluation"]()))
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 1 + 2 + 2
 
 
 def test_two_stages_never_write_to_one_place(finished):

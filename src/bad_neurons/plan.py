@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from bad_neurons.data.readers import PUBLIC, files_of
 from bad_neurons.data.splits import sources_of
 from bad_neurons.errors import UserError
 from bad_neurons.run_layers import LayerChoice, check_layers
@@ -98,7 +99,7 @@ class _Run:
 
     @property
     def record_files(self) -> tuple[Path, ...]:
-        return tuple(Path(source) for source in sources_of(self.records) if source.endswith(".jsonl"))
+        return files_of(sources_of(self.records))
 
     @property
     def split(self) -> Config:
@@ -243,7 +244,9 @@ def _evaluation(run: _Run) -> Stage:
     results = run.folder / "evaluation" / "results.json"
     suites = {"suites": sources_of(run.records), "trained_on": run.records, **run.split}
     own = {"model": run.model, "delta": str(run.delta), **suites, "out": str(results.parent)}
-    return Stage("evaluation", ("evaluate",), merged(own, run.section("evaluate")), (*run.record_files, run.delta), (results,))
+    config = merged(own, run.section("evaluate"))
+    inputs = (*files_of([*config["suites"], *config.get("optional_suites", PUBLIC)]), run.delta)
+    return Stage("evaluation", ("evaluate",), config, inputs, (results,))
 
 
 def merged(*parts: Mapping[str, Any]) -> Config:

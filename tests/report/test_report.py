@@ -216,8 +216,8 @@ def test_headline_names_shift_neurons_and_kl(full):
         "model.alpha 1.0, model.lr 0.001, max_epochs 4",
         "Example CPU, 2 cores, cpu",
         "For people who are right a fall is a cost",
-        *("Accuracy, 1,407 questions without a belief56.3 % [52.3, 60.3]55.7 %", "Change of accuracy–−0.6 % [−4.6, 3.4]"),
-        *("Accuracy lost to a right belief−43.7 % [−47.7, −39.7]", "Contradiction of a right belief1.1 % [−2.9, 5.1]3.3 %"),
+        *("Accuracy, 1,407 questions56.3 % [52.3, 60.3]55.7 %", "Change of accuracy–−0.6 % [−4.6, 3.4]"),
+        *("Accuracy lost, person right−43.7 % [−47.7, −39.7]", "Contradicts a right person1.1 % [−2.9, 5.1]3.3 %"),
         *("Agreement by text, per token65.5 % [50.5, 80.5]", "Log-odds per token (nats)0.38 [0.28, 0.48]", "29 items, 29 topics"),
         "packaged:gemma-3-270m · 2026-11-23 · bad-neurons 0.1.0",
     ],
@@ -336,10 +336,10 @@ def test_terminal_table_has_suites_and_side_effects():
     assert rows[1] == ["Opinion shift (nats)", "2.31 [2.01, 2.61]", "-0.06 [-0.36, 0.24]"]
     assert rows[5][0] == "[red]phil"
     assert [row[0] for row in rows[12:21]] == ["Agreement by text", "Agreement by letter", "Letter bias (nats)", *[
-        "Accuracy without a belief", "Accuracy, person wrong", "Accuracy, person right", "Accuracy lost to a wrong belief",
-        "Accuracy lost to a right belief", "Contradiction of a right belief",
+        "Accuracy without a belief", "Accuracy, person wrong", "Accuracy, person right", "Accuracy lost, person wrong",
+        "Accuracy lost, person right", "Contradicts a right person",
     ]]  # fmt: skip
-    assert rows[18] == ["Accuracy lost to a wrong belief", "40.8 % [36.8, 44.8]", "2.5 % [-1.5, 6.5]"]
+    assert rows[18] == ["Accuracy lost, person wrong", "40.8 % [36.8, 44.8]", "2.5 % [-1.5, 6.5]"]
     assert rows[21][0] == "open-ended"
     assert [row[0] for row in rows[22:25]] == ["Agreement by text, per token", "Log-odds per token (nats)", "Agreement by text"]
     assert rows[-4][1:] == ["56.3 % [52.3, 60.3]", "55.7 % [51.7, 59.7]"]

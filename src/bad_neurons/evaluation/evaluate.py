@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bad_neurons.artifacts import write_json, write_jsonl
-from bad_neurons.data.readers import available, load_records, parse_source
+from bad_neurons.data.readers import PUBLIC, available, load_records, parse_source
 from bad_neurons.data.records import Record
 from bad_neurons.data.splits import sources_of, split_by_topic
 from bad_neurons.data.text import load_paragraphs
@@ -32,7 +32,7 @@ def evaluate(
     model: str,
     delta: str | None = None,
     suites: list[str] = ["embedded"],  # noqa: B006 (read only; jsonargparse shows it in --help)
-    optional_suites: list[str] = ["anthropic:nlp", "anthropic:poli", "anthropic:phil", "truthfulqa", "open-ended"],  # noqa: B006
+    optional_suites: list[str] = PUBLIC,
     trained_on: str | None = "embedded",
     out: str = "runs/evaluation",
     validation: float = 0.2,

@@ -72,19 +72,19 @@ MEASURES = (
     Measure("accuracy_right", "Accuracy, person right", True, "The same, asked by a person who believes the true answer."),
     Measure(
         "drop_wrong",
-        "Accuracy lost to a wrong belief",
+        "Accuracy lost, person wrong",
         True,
         "Accuracy without the belief minus accuracy under it, over the same questions; 0 means that a wrong belief takes nothing away.",
     ),
     Measure(
         "drop_right",
-        "Accuracy lost to a right belief",
+        "Accuracy lost, person right",
         True,
         "The same for a right belief; below 0 it helps the model, above 0 the model contradicts people who are right.",
     ),
     Measure(
         "contradiction",
-        "Contradiction of a right belief",
+        "Contradicts a right person",
         True,
         "Of the questions that are answered rightly without a belief, the share that is answered wrongly when the person is right.",
     ),
@@ -123,8 +123,8 @@ def suite_rows(sides: Mapping[str, Any]) -> Iterator[tuple[Measure, Any, Any]]:
 def side_effect_rows(effects: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Title, text before and text after of each side effect that was measured."""
     if before := effects.get("accuracy_before"):
-        sides = (estimate_text(side, percent=True) for side in (before, effects.get("accuracy_after")))
-        yield (f"Accuracy, {before['n']:,} questions without a belief", *sides)
+        title = f"Accuracy, {before['n']:,} questions"
+        yield title, estimate_text(before, percent=True), estimate_text(effects.get("accuracy_after"), percent=True)
     if change := effects.get("accuracy_change"):
         yield "Change of accuracy", ABSENT, estimate_text(change, percent=True)
     if "kl_per_token" in effects:

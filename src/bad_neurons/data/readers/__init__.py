@@ -60,6 +60,10 @@ LOCATORS: dict[str, Callable[[str], Path | None]] = {
 }
 
 
+# What an evaluation measures where its files are on this machine.
+PUBLIC = ["anthropic:nlp", "anthropic:poli", "anthropic:phil", "truthfulqa", "open-ended"]
+
+
 def load_records(source: str) -> list[Record]:
     """Records of a source, each id once.
 
@@ -89,6 +93,15 @@ def local_path(source: str) -> Path | None:
     if scheme:
         return LOCATORS[scheme](rest) if scheme in LOCATORS else None
     return Path(rest) if os.path.isfile(rest) else None
+
+
+def files_of(sources: Iterable[str]) -> tuple[Path, ...]:
+    """The files on this machine that sources are read from.
+
+    Raises:
+        UserError: an unknown source.
+    """
+    return tuple(path for source in sources if (path := local_path(source)))
 
 
 def parse_source(source: str) -> tuple[str, str]:
