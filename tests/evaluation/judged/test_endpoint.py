@@ -139,7 +139,7 @@ def test_an_endpoint_that_is_down_ends_the_run(endpoint, judge, ask, verdicts):
 
 def test_nobody_listens(judge, ask, verdicts, endpoint):
     endpoint.close()
-    with pytest.raises(UserError, match="no reply from .*ConnectError"):
+    with pytest.raises(UserError, match=r"no reply from .*ConnectError"):
         verdicts(judge(attempts=2), ask(6))
 
 
@@ -186,9 +186,9 @@ def test_a_judge_that_gives_no_score_is_left_alone_after_three(endpoint, judge, 
 
 
 def test_requests_keep_their_distance(endpoint, judge, ask, verdicts):
+    start = time.monotonic()
     verdicts(judge(per_minute=600, at_once=4), ask(5))
-    times = sorted(asked.at for asked in endpoint.asked)
-    assert times[-1] - times[0] >= 0.38  # four steps of 0.1 s, less what the first took to arrive
+    assert max(asked.at for asked in endpoint.asked) - start >= 0.4  # four steps of 0.1 s
 
 
 def test_all_threads_wait_while_one_is_told_to():
