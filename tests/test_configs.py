@@ -19,6 +19,8 @@ STAGE_COMMANDS = {
     "select": ["select"],
     "tune": ["tune", "fit"],
     "evaluate": ["evaluate"],
+    "judge": ["judge"],
+    "judge-agreement": ["judge-agreement"],
     "export": ["export"],
 }
 RUNS = [path for path in CONFIGS if path.stem not in STAGE_COMMANDS]

@@ -74,7 +74,7 @@ def test_importing_the_package_is_light():
 def test_help_is_light(arguments):
     heavy, output = imported_by(f"from bad_neurons.cli import main; assert main({arguments!r}) == 0")
     assert heavy == []
-    for command in ("run", "sae", "probe", "select", "tune", "evaluate", "export", "report"):
+    for command in ("run", "sae", "probe", "select", "tune", "evaluate", "judge", "judge-agreement", "export", "report"):
         assert f"\n  {command} " in output
 
 
@@ -87,7 +87,10 @@ def test_the_command_is_installed():
     assert PYPROJECT["project"]["scripts"] == {"bad-neurons": "bad_neurons.cli:main"}
     done = subprocess.run([Path(sys.executable).parent / "bad-neurons", "tuna"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "bad-neurons: tuna: no such command; there are run, sae, layers, probe, select, tune, evaluate, export, report\n"
+    assert done.stderr == (
+        "bad-neurons: tuna: no such command; there are run, sae, layers, probe, select, tune, evaluate, judge, judge-agreement, "
+        "export, report\n"
+    )
 
 
 def test_names_at_the_top():

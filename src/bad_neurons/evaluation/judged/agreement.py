@@ -2,6 +2,8 @@
 
 Answers to one question are not independent, so whole questions are drawn for the intervals. What the published judges reach
 among each other is the ceiling, and what one fixed score reaches the floor: a mean absolute error says nothing without it.
+
+Legend: N answers, D draws.
 """
 
 from __future__ import annotations
@@ -78,28 +80,38 @@ def fixed_score(others: Sequence[float | None], topics: Sequence[str]) -> dict[s
     return {"score": score, "mae": floor and floor["mae"]}
 
 
-def spearman(ours: Numbers, theirs: Numbers) -> float:
-    """Spearman's rank correlation, ties by mean rank; NaN where one side is constant."""
-    x, y = _ranks(ours), _ranks(theirs)
-    x, y = x - x.mean(), y - y.mean()
-    size = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / size if size else float("nan")
+def spearman(x: Numbers, y: Numbers, weights: Numbers) -> Numbers:
+    """Spearman's rank correlations [D], ties by mean rank; NaN where a side is constant.
+
+    Args:
+        x: scores [N].
+        y: other scores of the same answers [N].
+        weights: [D, N], how often each answer counts in each of the D samples.
+    """
+    total = weights.sum(1, keepdims=True)
+    ranks = [_ranks(side, weights) for side in (x, y)]
+    a, b = (r - (weights * r).sum(1, keepdims=True) / total for r in ranks)
+    size = np.sqrt((weights * a * a).sum(1) * (weights * b * b).sum(1))
+    found: Numbers = np.divide((weights * a * b).sum(1), size, out=np.full(len(size), np.nan), where=size > 0)
+    return found
 
 
-def _ranks(values: Numbers) -> Numbers:
-    """Rank of each value from 1, equal ones sharing the mean of their ranks."""
-    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: Numbers = (np.cumsum(counts) - (counts - 1) / 2)[index]
+def _ranks(values: Numbers, weights: Numbers) -> Numbers:
+    """Rank from 1 [D, N] of each value in each sample, equal ones sharing the mean of their ranks."""
+    _, first, index = np.unique(np.sort(values), return_index=True, return_inverse=True)
+    order = np.argsort(values, kind="stable")
+    counts = np.add.reduceat(weights[:, order], first, axis=1)
+    ranks = np.empty_like(weights)
+    ranks[:, order] = (counts.cumsum(1) - (counts - 1) / 2)[:, index]
     return ranks
 
 
 def _correlation(ours: Numbers, theirs: Numbers, topics: Sequence[str], seed: int) -> Correlation | None:
-    value = spearman(ours, theirs)
+    value = float(spearman(ours, theirs, np.ones((1, len(ours))))[0])
     if np.isnan(value):
         return None
     names, index = np.unique(np.asarray(topics), return_inverse=True)
-    answers = [np.flatnonzero(index == number) for number in range(len(names))]
     draws = np.random.default_rng(seed).integers(len(names), size=(_DRAWS, len(names)))
-    drawn = (np.concatenate([answers[number] for number in draw]) for draw in draws)
-    low, high = np.nanquantile([spearman(ours[at], theirs[at]) for at in drawn], [0.025, 0.975])
+    times = np.stack([(draws == number).sum(1) for number in range(len(names))], axis=1)  # [D, questions]
+    low, high = np.nanquantile(spearman(ours, theirs, times[:, index].astype(np.float64)), [0.025, 0.975])
     return {"value": value, "ci95": [float(low), float(high)]}

@@ -52,6 +52,9 @@ class Panel:
                 raise UserError(f"--{name} {getattr(self, name)}: above 0")
         if self.per_minute < 0:
             raise UserError(f"--per_minute {self.per_minute}: requests a minute, or 0 for no limit")
+        for spec in self.judges:
+            if not spec.startswith(LOCAL):
+                self._endpoint(spec)  # refuses a bad address or key before anything is computed
 
     def scores(self, questions: Sequence[JudgeQuestion], kept: Kept) -> dict[str, list[float | None]]:
         """Scores of every question, by judge. One judge is asked after the other, and only one local model is loaded at a time.
@@ -72,5 +75,8 @@ class Panel:
     def _judge(self, spec: str) -> Judge:
         if spec.startswith(LOCAL):
             return LocalJudge(load_model(spec.removeprefix(LOCAL), self.judge_dtype), self.reading)
+        return self._endpoint(spec)
+
+    def _endpoint(self, model: str) -> EndpointJudge:
         key = key_from(self.key_variable)
-        return EndpointJudge(spec, self.base_url, key, self.timeout, self.attempts, self.per_minute, self.at_once, self.temperature)
+        return EndpointJudge(model, self.base_url, key, self.timeout, self.attempts, self.per_minute, self.at_once, self.temperature)
