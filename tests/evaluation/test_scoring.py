@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from bad_neurons.evaluation import scoring
-from bad_neurons.evaluation.scoring import Request, answer_log_probs, token_log_probs
+from bad_neurons.evaluation.scoring import Request, answer_log_probs
+from bad_neurons.models import head
+from bad_neurons.models.head import token_log_probs
 from bad_neurons.models.prompts import tokenize
 from bad_neurons.models.view import view_decoder
 from bad_neurons.testing import tiny_tokenizer
@@ -136,7 +138,7 @@ def test_batches_hold_no_more_tokens_than_asked(tiny, widths, requests):
 
 @pytest.mark.parametrize("rows", [1, 3, 256])
 def test_the_head_in_pieces_equals_the_head_at_once(tiny, monkeypatch, rows):
-    monkeypatch.setattr(scoring, "ROWS", rows)
+    monkeypatch.setattr(head, "ROWS", rows)
     view = view_decoder(tiny().model)
     hidden, row, targets = torch.randn(6, 16), torch.randint(0, 6, (10,)), torch.randint(0, 259, (10,))
     dense = view.logits(hidden).double().log_softmax(-1)[row, targets]

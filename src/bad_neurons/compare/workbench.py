@@ -6,6 +6,7 @@ batches and over the unrelated text are kept, and so are the clean model's score
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -131,6 +132,8 @@ class Workbench:
         tuner.attach(edit, self._caches.get(edit.first_layer))
         self._caches[edit.first_layer] = tuner.clean_cache
         options = {"max_epochs": 2, "gradient_clip_val": 1.0, **_QUIET, **(tune.get("trainer") or {})}
+        for name in ("lightning.pytorch", "lightning.fabric"):  # which devices there are not, and advertisements
+            logging.getLogger(name).setLevel(logging.WARNING)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trainer: L.Trainer = _made("tune.trainer", L.Trainer, **options)

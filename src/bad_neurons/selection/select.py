@@ -53,7 +53,7 @@ def select(
         model: ``packaged:<name>``, a folder, or a hub id.
         way: how neurons are scored: by a ``probe`` (the paper's way), at ``random``, by the ``gradient`` of the behaviour, by the
             ``contrast`` of activations, or by effect for side effect, with the curvature of each weight (``fisher``) or of each
-            neuron's own direction (``fisher_step``).
+            neuron's own direction (``fisher_step``), or by their share of the pull to the person (``heads``, for the axis of that name).
         layers: candidate layers; None takes the probe's.
         probe: ``probe.safetensors`` of a probe on SAE or on residual features; without the way ``probe`` only its layers are read,
             and only where none are given.

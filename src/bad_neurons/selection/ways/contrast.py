@@ -64,4 +64,4 @@ def _points(material: Material) -> tuple[dict[int, nn.Module], bool]:
     """Where units are read, and whether they are what the module takes: what the MLP adds, or the input of the map they write with."""
     if material.axis == "residual":
         return {layer: material.view.layers[layer].sae_point for layer in sorted(material.layers)}, False
-    return {layer: part.linear for (layer, _), part in material.parts.items() if not part.rows}, True
+    return {layer: material.linears[layer, matrix] for (layer, matrix), part in material.parts.items() if not part.rows}, True

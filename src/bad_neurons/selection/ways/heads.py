@@ -33,7 +33,19 @@ from bad_neurons.models.passes import finish, open_frame, run_layers
 from bad_neurons.models.prompts import Turn, tokenize
 from bad_neurons.models.view import DecoderView
 from bad_neurons.selection.axes import units
+from bad_neurons.selection.ways.material import Material
 from bad_neurons.tuning.losses import Supervision, loss_sums
+
+
+def head_way_scores(material: Material) -> dict[int, Tensor]:
+    """Scores of the heads of the candidate layers.
+
+    Raises:
+        UserError: another axis than ``heads``.
+    """
+    if material.axis != "heads":
+        raise UserError(f"--way heads: scores attention heads, not units of the axis {material.axis}; give --axis heads")
+    return head_scores(material.view, material.lm.tokenizer, material.records, material.layers, material.max_tokens)
 
 
 def head_scores(
