@@ -93,7 +93,7 @@ def test_top_p_of_both_axes_and_both_probes(stage, axis, size, features):
     assert (found.axis, found.size, found.candidates) == (axis, size, LAYERS)
     for layer, indices in found.layers.items():
         np.testing.assert_allclose(found.scores[layer], scores[layer][indices], rtol=1e-4)
-    said = {"way": "probe", "objective": "odds", "damping": 0.1, "seed": 0, "probe": features}
+    said = {"way": "probe", "objective": "odds", "damping": 0.01, "seed": 0, "probe": features}
     assert found.rule == {"name": "top_p", "amount": 0.3, **said}
     assert found.share == pytest.approx(found.count / (2 * size))
 

@@ -36,6 +36,7 @@ _WAYS = {
     "contrast": "the difference of activations between agreeing and disagreeing answers",
     "fisher": "effect ({objective}) for side effect, weight by weight",
     "fisher_step": "effect ({objective}) for side effect, along each neuron's gradient",
+    "heads": "the share of the pull to the person that goes through each attention head",
 }
 _MACHINE = {"processor": "", "cores": " cores", "device": "", "system": ""}
 
@@ -175,7 +176,7 @@ def _rule(rule: Mapping[str, Any]) -> str:
         return name
     amount, way = float(rule["amount"]), str(rule.get("way") or "")
     said = f"{name}: " + _RULES[name].format(amount=amount, percent=100 * amount)
-    return f"{said}; scored by {_WAYS[way].format(**rule)}" if way in _WAYS else said
+    return f"{said}; scored by {_WAYS[way].format(seed=rule.get('seed'), objective=rule.get('objective'))}" if way in _WAYS else said
 
 
 def _tuning_settings(config: str | None) -> str:

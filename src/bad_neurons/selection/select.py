@@ -37,7 +37,7 @@ def select(
     text: str = "python-docs",
     max_texts: int = 64,
     objective: Objective = "odds",
-    damping: float = 0.1,
+    damping: float = 0.01,
     out: str = "runs/selection",
     axis: Axis = "residual",
     rule: Rule = "top_p",
@@ -105,7 +105,8 @@ def select(
         damping=damping,
         seed=seed,
     )
-    selection = choose(scores_of(material, way), rule, amount, lm, axis, counts, about(material, way))
+    said = about(material, way) | ({"like": like} if like else {})
+    selection = choose(scores_of(material, way), rule, amount, lm, axis, counts, said)
     write_neurons(Path(out) / "neurons.json", selection)
     if way == "probe" and trained:
         from bad_neurons.report.plots import plot_weights  # matplotlib takes a second to import
@@ -170,7 +171,7 @@ def check_amount(rule: Rule, amount: float) -> None:
     Raises:
         UserError: not above 0, or a share above 1.
     """
-    if rule in (*SHARES, "top_k_per_layer") and (amount <= 0 or (rule in SHARES and amount > 1)):
+    if rule in (*SHARES, "top_k_per_layer") and (not amount > 0 or (rule in SHARES and amount > 1)):
         raise UserError(f"--amount {amount}: a share above 0 and at most 1 (neurons of each layer for top_k_per_layer)")
 
 

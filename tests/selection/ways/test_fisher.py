@@ -149,5 +149,5 @@ def test_what_is_lacking_is_named(material):
         scores_of(material(texts=[]), "fisher")
     with pytest.raises(UserError, match="--records: way fisher_step reads training records"):
         scores_of(material(records=[]), "fisher_step")
-    with pytest.raises(UserError, match=r"--damping 0: above 0, such as 0\.1"):
+    with pytest.raises(UserError, match=r"--damping 0: above 0, such as 0\.01"):
         material(damping=0)

@@ -21,7 +21,7 @@ def test_every_way_is_listed():
     assert set(WAYS) == set(READS) == set(get_args(WayName)) == set(NAMED)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", sorted(set(WAYS) - {"heads"}))
 @pytest.mark.parametrize("axis", ["residual", "intermediate"])
 def test_scores_of_every_way(material, way, axis):
     given = material("qwen3", axis=axis, probe=PROBE)

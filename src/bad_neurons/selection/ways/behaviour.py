@@ -43,7 +43,7 @@ def behaviour_gradients(material: Material) -> dict[Matrix, Tensor]:
 
     with linear_gradients(material.linears, add):
         for batch in tqdm(batches, desc=f"gradient of {material.objective}", unit="batch", leave=False):
-            behaviour(material.view, batch, min(material.layers)).backward()  # type: ignore[no-untyped-call]
+            behaviour(material.view, batch, material.layers[0]).backward()  # type: ignore[no-untyped-call]
     return {at: gradient.div_(count) for at, gradient in found.items()}
 
 

@@ -63,5 +63,5 @@ def _means(material: Material) -> dict[int, Tensor]:
 def _points(material: Material) -> tuple[dict[int, nn.Module], bool]:
     """Where units are read, and whether they are what the module takes: what the MLP adds, or the input of the map they write with."""
     if material.axis == "residual":
-        return {layer: material.view.layers[layer].sae_point for layer in sorted(material.layers)}, False
+        return {layer: material.view.layers[layer].sae_point for layer in material.layers}, False
     return {layer: material.linears[layer, matrix] for (layer, matrix), part in material.parts.items() if not part.rows}, True

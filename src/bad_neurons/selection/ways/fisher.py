@@ -101,7 +101,7 @@ def _each_text_batch(material: Material, visit: Callable[[Matrix, Tensor, Tensor
     with linear_gradients(material.linears, visit):
         for batch in tqdm(batches, desc="curvature on unrelated text", unit="batch", leave=False):
             rows = pack_sequences([sequences[i] for i in batch]).to(view.device)
-            final = final_with_graph(view, rows, at := rows.followed(), min(material.layers))
+            final = final_with_graph(view, rows, at := rows.followed(), material.layers[0])
             targets = draw_tokens(view, final.detach(), generator)
             one = torch.ones(len(at), device=view.device)
             loss_sums(view, final, Supervision(final.detach(), targets, one, torch.zeros_like(one)), alpha=0.0, beta=0.0).loss.backward()

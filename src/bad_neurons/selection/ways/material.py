@@ -50,14 +50,15 @@ class Material:
     probe: Probe | None = None
     sae: str | None = None
     objective: Objective = "odds"
-    damping: float = 0.1
+    damping: float = 0.01
     seed: int = 0
     max_tokens: int = 2048
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", sorted(set(self.layers)))
         self.view.check_layers(list(self.layers), "--layers")
         if not self.damping > 0:
-            raise UserError(f"--damping {self.damping}: above 0, such as 0.1")
+            raise UserError(f"--damping {self.damping}: above 0, such as 0.01")
 
     @cached_property
     def view(self) -> DecoderView:
@@ -72,7 +73,7 @@ class Material:
     @cached_property
     def parts(self) -> dict[Matrix, Part]:
         """The linear maps of the candidate layers of which units own rows or columns."""
-        return {(layer, part.matrix): part for layer in sorted(self.layers) for part in PARTS[self.axis]}
+        return {(layer, part.matrix): part for layer in self.layers for part in PARTS[self.axis]}
 
     @property
     def linears(self) -> dict[Matrix, nn.Linear]:

@@ -24,7 +24,7 @@ def probe_scores(material: Material) -> dict[int, Tensor]:
     assert probe
     if foreign := sorted(set(material.layers) - set(probe.weights)):
         raise UserError(f"--layers {foreign}: the probe has {sorted(probe.weights)}; the way probe can choose among those alone")
-    weights = {layer: probe.weights[layer].float() for layer in sorted(material.layers)}
+    weights = {layer: probe.weights[layer].float() for layer in material.layers}
     return neuron_scores(material.view, probe_directions(material.view, probe, weights, material.sae), material.axis)
 
 
@@ -54,6 +54,10 @@ def neuron_scores(view: DecoderView, directions: Mapping[int, Tensor], axis: Axi
         raise UserError("--axis heads: a probe of MLP outputs says nothing about attention heads; expected residual or intermediate")
     if axis == "residual":
         return {layer: residual_scores(v) for layer, v in directions.items()}
+    if axis != "intermediate":
+        raise UserError(
+            f"--axis {axis}: a probe reads what MLPs write and scores neurons of theirs; take another way, or axis intermediate"
+        )
     return {
         layer: intermediate_scores(v, view.layers[layer].gain().cpu(), view.layers[layer].matrix("down_proj").weight.float().cpu())
         for layer, v in directions.items()

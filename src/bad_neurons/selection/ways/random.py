@@ -11,4 +11,4 @@ from bad_neurons.selection.ways.material import Material
 def random_scores(material: Material) -> dict[int, Tensor]:
     """Uniform numbers in [0, 1) from the material's seed."""
     generator = torch.Generator().manual_seed(material.seed)
-    return {layer: torch.rand(material.units, generator=generator) for layer in sorted(material.layers)}
+    return {layer: torch.rand(material.units, generator=generator) for layer in material.layers}
