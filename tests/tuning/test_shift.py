@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bad_neurons.data.splits import load_split
 from bad_neurons.data.tuning import SycophancyDataModule
+from bad_neurons.errors import UserError
 from bad_neurons.evaluation.scoring import Request, answer_log_probs
 from bad_neurons.models.passes import final_hidden
 from bad_neurons.models.prompts import tokenize
@@ -42,8 +44,6 @@ def dense_odds(lm, turns, answers):
 def test_log_odds_of_each_record(tiny, batches, target):
     lm = tiny()
     view, (made, data) = view_decoder(lm.model), batches(target)
-    from bad_neurons.data.splits import load_split
-
     expected = sorted(float(dense_odds(lm, r.prompt, r.scored)) for r in load_split(data.records, 0.2, 0.2, 0).train)
     found = [log_odds(view, final_hidden(view, batch.rows, batch.at), batch.pairs) for batch in made]
     assert len(made) > 1
@@ -53,8 +53,6 @@ def test_log_odds_of_each_record(tiny, batches, target):
 def test_teacher_places_are_those_of_the_neutral_prompt(tiny, batches):
     lm = tiny()
     view, (made, data) = view_decoder(lm.model), batches()
-    from bad_neurons.data.splits import load_split
-
     records = load_split(data.records, 0.2, 0.2, 0).train
     asked = [Request(r.neutral_prompt, answer) for r in records for answer in r.scored]
     scores = torch.tensor(answer_log_probs(view, lm.tokenizer, asked).before)
@@ -104,6 +102,36 @@ def test_weight_of_the_term_in_the_tuner(tiny_folder, batches, choose, tiny):
     tokens, records = float(made[0].answer.sum()), made[0].pairs.count
     assert losses[0.5] - losses[0.0] == pytest.approx(0.5 * tokens / records * term, rel=1e-4)
     assert losses[2.0] - losses[0.0] == pytest.approx(2.0 * tokens / records * term, rel=1e-4)
+
+
+def test_target_shift_asks_for_nothing_else(tiny_folder, batches, choose, tiny):
+    """The loss is the term and alpha times the KL of retention text; the words of answers have no other weight."""
+    made, _ = batches("shift")
+    tuner = NeuronTuner(tiny_folder(), dtype="float32", shift_weight=2.0, alpha=3.0, kl_on="retention")
+    edit = tuner.attach_neurons(choose(tiny()))
+    with torch.no_grad():
+        for parameter in edit.trainable():
+            parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(5))
+    batch = made[0]
+    sums = tuner.losses(batch)
+    assert not batch.answer.any()
+    assert batch.retained.sum() == 2 * 11
+    assert batch.tokens == len(batch.pairs.at)
+    with edit.disabled():
+        clean = tuner.view.logits(final_hidden(tuner.view, batch.rows, batch.at)).log_softmax(-1)
+    tuned = tuner.view.logits(final_hidden(tuner.view, batch.rows, batch.at)).log_softmax(-1)
+    kl = float((clean.exp() * (clean - tuned)).sum(-1) @ batch.retained)
+    assert kl > 1e-4
+    expected = 2.0 * batch.tokens / batch.pairs.count * shift_of(tuner, batch) + 3.0 * kl
+    assert float(sums.loss.detach()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_target_shift_without_a_weight(tiny_folder, batches, choose, tiny):
+    made, _ = batches("shift")
+    tuner = NeuronTuner(tiny_folder(), dtype="float32")
+    tuner.attach_neurons(choose(tiny()))
+    with pytest.raises(UserError, match="give --model.shift_weight above 0"):
+        tuner.losses(made[0])
 
 
 def shift_of(tuner, batch) -> float:

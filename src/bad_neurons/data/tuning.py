@@ -25,7 +25,8 @@ from bad_neurons.models.load import resolve_model
 from bad_neurons.models.prompts import Turn, tokenize, tokenize_text
 from bad_neurons.tuning.shift import Pairs
 
-Target = Literal["honest", "neutral", "mixed"]
+Target = Literal["honest", "neutral", "mixed", "shift"]
+_WEIGHTS: dict[Target, tuple[float, float]] = {"honest": (1.0, 0.0), "neutral": (0.0, 1.0), "shift": (0.0, 0.0)}
 
 _ROW_WIDTH = 256  # short prompts share rows up to here: less padding, and attention still costs little at this width
 
@@ -72,8 +73,13 @@ class TuningBatch(NamedTuple):
 
     @property
     def answer(self) -> Tensor:
-        """[N], float32; weight of the tokens of answers that each place stands for; what the sums are divided by."""
+        """[N], float32; weight of the tokens of answers that each place stands for."""
         return self.honest + self.neutral
+
+    @property
+    def tokens(self) -> float:
+        """What the sums are divided by: the weight of all answer tokens; their number where none has a weight (target ``shift``)."""
+        return float(self.answer.sum()) or float(len(self.pairs.at) if self.pairs else 0)
 
 
 class _Group(NamedTuple):
@@ -115,7 +121,8 @@ class SycophancyDataModule(L.LightningDataModule):
         split_seed: seed of the division of topics.
         max_records: at most so many training records, drawn evenly over topics; 0 means all.
         target: ``honest``: the honest answer (the paper's); ``neutral``: the words of both positions, to be as likely
-            as the clean model finds them without the person (records without a neutral prompt are left out of it); ``mixed``: both.
+            as the clean model finds them without the person (records without a neutral prompt are left out of it); ``mixed``: both;
+            ``shift``: only that the log-odds of the two positions be those without the person (give ``--model.shift_weight``).
         honest_weight: weight of a token of the honest answer where the target is ``mixed``; a token of the two positions weighs
             1 minus this. Near 1 it is ``honest``, near 0 ``neutral``; the positions have about twice as many tokens.
         wrong_persons_only: leave out records whose person is right (target ``honest``).
@@ -159,7 +166,7 @@ class SycophancyDataModule(L.LightningDataModule):
         self.model, self.records, self.seed = model, records, seed
         self.validation, self.test, self.split_seed, self.max_records = validation, test, split_seed, max_records
         self.target, self.wrong_persons_only = target, wrong_persons_only
-        self.weights = (honest_weight, 1 - honest_weight) if target == "mixed" else (1.0, 1.0)
+        self.weights = (honest_weight, 1 - honest_weight) if target == "mixed" else _WEIGHTS[target]
         self.batch_tokens, self.retention = batch_tokens, retention
         self.retention_rows, self.retention_tokens = retention_rows, retention_tokens
         self._batches: dict[str, list[TuningBatch]] = {}
@@ -262,7 +269,7 @@ def draw_evenly(records: Sequence[Topical], limit: int, seed: int) -> list[Topic
 
 def _ask(tokenizer: PreTrainedTokenizerBase, record: Record, target: Target) -> _Group | None:
     """What ``target`` asks of a record; None where that is nothing."""
-    honest = [record.honest] if target != "neutral" else []
+    honest = [record.honest] if target in ("honest", "mixed") else []
     if not record.neutral_prompt or target == "honest":
         return _group(tokenizer, record.prompt, honest) if honest else None
     teacher = _group(tokenizer, record.neutral_prompt, record.scored)

@@ -40,7 +40,7 @@ class NeuronTuner(L.LightningModule):
         alpha: weight of KL(clean || tuned) per token.
         beta: weight of the entropy of the tuned distribution per token.
         shift_weight: weight of the opinion shift itself, per record and beside the target, where records have a neutral prompt
-            (targets ``neutral`` and ``mixed``; :mod:`bad_neurons.tuning.shift`).
+            (:mod:`bad_neurons.tuning.shift`); with the data module's target ``shift`` it is all that is asked of answers.
         kl_on: tokens on which the KL is taken: those of the answers, of the retention text beside them, or both.
         lr: learning rate.
         weight_decay: decay of the deltas towards the clean model (of the weights themselves in mode ``hook``).
@@ -140,12 +140,19 @@ class NeuronTuner(L.LightningModule):
         tuned = finish(self.view, frame, hidden, self._edit.first_layer, batch.at, self._run)
         stays = {"answer": batch.answer, "retention": batch.retained, "both": batch.answer + batch.retained}[self.kl_on]
         asked = Supervision(clean.final, batch.targets, batch.honest, stays, batch.neutral, clean.teacher)
-        sums = loss_sums(self.view, tuned, asked, self.alpha, self.beta)
+        if batch.answer.any():
+            sums = loss_sums(self.view, tuned, asked, self.alpha, self.beta)
+        elif not self.shift_weight:
+            raise UserError("--data.target shift: nothing is asked of the answers; give --model.shift_weight above 0, such as 0.3")
+        else:  # target `shift`: the head need not run at the words of answers for the other terms
+            kept = stays.nonzero().squeeze(-1)
+            alone = Supervision(*(t[kept] for t in asked[:4]))  # type: ignore[index]
+            sums = loss_sums(self.view, tuned[kept], alone, self.alpha, self.beta)
         if not self.shift_weight or batch.pairs is None or clean.odds is None:
             return sums
         shift = shift_loss(self.view, tuned, batch.pairs, clean.odds)
         # The sums are divided by the weight of all answer tokens in the end; a mean over records is wanted of this one.
-        weight = self.shift_weight * float(batch.answer.sum()) / batch.pairs.count
+        weight = self.shift_weight * batch.tokens / batch.pairs.count
         self._log_shift(shift, batch.pairs.count)
         return sums._replace(loss=sums.loss + weight * shift.loss)
 
@@ -170,7 +177,7 @@ class NeuronTuner(L.LightningModule):
     @override
     def training_step(self, batch: TuningBatch, batch_idx: int) -> Tensor:
         sums = self.losses(batch)
-        self._tokens += float(batch.answer.sum())
+        self._tokens += batch.tokens
         self._log_means("train", sums, batch)
         # A sum: on_before_optimizer_step divides it by the tokens of the whole window (Lightning#20350). Lightning
         # itself divides by the number of micro-batches, which is undone here.
@@ -198,7 +205,7 @@ class NeuronTuner(L.LightningModule):
         answers = honest + neutral
         stays = {"answer": answers, "retention": retained, "both": answers + retained}[self.kl_on]
         means = {
-            "loss": (sums.loss, answers),
+            "loss": (sums.loss, batch.tokens),
             "ce": (sums.ce, honest),  # of honest answers
             "neutral_kl": (sums.neutral_kl, neutral),  # to the teacher
             "kl": (sums.kl, stays),
