@@ -130,7 +130,7 @@ def test_target_shift_without_a_weight(tiny_folder, batches, choose, tiny):
     made, _ = batches("shift")
     tuner = NeuronTuner(tiny_folder(), dtype="float32")
     tuner.attach_neurons(choose(tiny()))
-    with pytest.raises(UserError, match="give --model.shift_weight above 0"):
+    with pytest.raises(UserError, match=r"give --model\.shift_weight above 0"):
         tuner.losses(made[0])
 
 
