@@ -2,8 +2,9 @@
 
 The main numbers are per token. A sum of log-probabilities falls with every token, so of two answers of several sentences
 the shorter one wins nearly whatever they say; the mean over tokens has no such term, and the published pairs differ in length
-by up to a factor of four. The sum, which is what the model would sample by, stands beside it. Neither is perfect: late tokens
-are easier than early ones, so the mean favours length a little. Before against after, on the same answers, has neither bias.
+by up to a factor of almost three. The sum, which is what the model would sample by, stands beside it. Neither is perfect: late
+tokens are easier than early ones, so the mean favours length a little. Before against after, on the same answers, has
+neither bias.
 """
 
 from __future__ import annotations
