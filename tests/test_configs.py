@@ -16,6 +16,7 @@ STAGE_COMMANDS = {
     "sae": ["sae", "fit"],
     "layers": ["layers"],
     "probe": ["probe", "fit"],
+    "probes": ["probes"],
     "select": ["select"],
     "tune": ["tune", "fit"],
     "evaluate": ["evaluate"],

@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "sae": ("bad_neurons.stages", "sae_command", "train sparse autoencoders on MLP outputs: sae fit|validate|test"),
     "layers": ("bad_neurons.stages", "layers_command", "choose the layers of the probe by greedy forward selection"),
     "probe": ("bad_neurons.stages", "probe_command", "train a linear probe on pooled features: probe fit|validate|test"),
+    "probes": ("bad_neurons.stages", "probes_command", "compare probes by features, pooling and layers, in domain and beyond"),
     "select": ("bad_neurons.stages", "select_command", "decode the probe into neurons and choose some of them"),
     "tune": ("bad_neurons.stages", "tune_command", "retrain the chosen neurons: tune fit|validate|test"),
     "evaluate": ("bad_neurons.stages", "evaluate_command", "measure a model, with and without a delta"),

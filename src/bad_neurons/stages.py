@@ -103,6 +103,15 @@ def probe_command(arguments: list[str]) -> None:
     _lightning(LinearProbe, ProbeDataModule, arguments, {}, {}, trainer)
 
 
+def probes_command(arguments: list[str]) -> None:
+    """``bad-neurons probes``."""
+    from bad_neurons.probe.compare import compare_probes
+    from bad_neurons.report.probes import probes_tables
+
+    for table in probes_tables(_function(compare_probes, "probes", arguments)):
+        _show(table)
+
+
 def tune_command(arguments: list[str]) -> None:
     """``bad-neurons tune fit|validate|test``."""
     from bad_neurons.callbacks import DeltaCheckpoint, GradientMask

@@ -47,7 +47,16 @@ def load_split(sources: str, validation: float, test: float, seed: int) -> Split
     Raises:
         UserError: a source cannot be read or has too few topics.
     """
-    parts = [split_by_topic(load_records(source), validation, test, seed) for source in sources_of(sources)]
+    return split_each([load_records(source) for source in sources_of(sources)], validation, test, seed)
+
+
+def split_each(sources: Sequence[Sequence[Record]], validation: float, test: float, seed: int) -> Split:
+    """Records of several sources, each source divided by itself.
+
+    Raises:
+        UserError: a source has too few topics.
+    """
+    parts = [split_by_topic(records, validation, test, seed) for records in sources]
     return Split(*([record for part in parts for record in part[side]] for side in range(3)))
 
 
@@ -78,3 +87,49 @@ def split_by_topic(records: Sequence[Record], validation: float, test: float, se
             sides[topic] = 2 if place < n_test else 1 if place < n_test + n_validation else 0
     train, held_out, tested = ([r for r in records if sides[r.topic] == side] for side in range(3))
     return Split(train, held_out, tested)
+
+
+class HeldOut(NamedTuple):
+    """Training records divided once more, within their topics.
+
+    Attributes:
+        train: what is learned from.
+        in_domain: other records of the same topics: what is learned holds here if it holds at all.
+    """
+
+    train: list[Record]
+    in_domain: list[Record]
+
+
+def hold_out(records: Sequence[Record], share: float, seed: int) -> HeldOut:
+    """Hold out a share of the records within each topic.
+
+    Where a topic has several questions, whole questions are held out, so none is known from another person who asked it; a
+    topic that is one question gives up single records. Each topic gives up one at least and keeps one at least.
+
+    Args:
+        records: records of the training topics.
+        share: share of the questions (or records) of each topic; 0 holds out nothing.
+        seed: seed of the choice.
+    """
+    if not share:
+        return HeldOut(list(records), [])
+    topics: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        topics.setdefault((record.source, record.topic), []).append(record)
+    held: set[int] = set()
+    for name in sorted(topics):
+        units = _questions(topics[name])
+        random.Random(f"{seed} {name}").shuffle(units)
+        count = min(len(units) - 1, max(1, round(share * len(units))))
+        held |= {id(record) for unit in units[:count] for record in unit}
+    return HeldOut([r for r in records if id(r) not in held], [r for r in records if id(r) in held])
+
+
+def _questions(records: Sequence[Record]) -> list[list[Record]]:
+    """Records of one topic by question, or each by itself where there is one question only."""
+    questions: dict[str, list[Record]] = {}
+    for record in records:
+        asked = record.neutral_prompt or record.prompt  # the question as such, where the record has it
+        questions.setdefault(repr(asked), []).append(record)
+    return list(questions.values()) if len(questions) > 1 else [[record] for record in records]

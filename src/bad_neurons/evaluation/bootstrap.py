@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 _DRAWS = 2000
 
@@ -39,10 +40,15 @@ def estimate(values: Sequence[float], topics: Sequence[str], seed: int = 0) -> E
     numbers = np.asarray(values, dtype=np.float64)
     sums = np.bincount(index, weights=numbers, minlength=len(names))
     counts = np.bincount(index, minlength=len(names))
-    draws = np.random.default_rng(seed).integers(len(names), size=(_DRAWS, len(names)))
+    draws = draw_topics(len(names), seed)
     means = sums[draws].sum(1) / counts[draws].sum(1)
     low, high = np.quantile(means, [0.025, 0.975])
     return {"mean": float(numbers.mean()), "ci95": [float(low), float(high)]}
+
+
+def draw_topics(count: int, seed: int = 0) -> NDArray[np.int64]:
+    """Topics drawn with replacement, as many as there are, 2,000 times: [2000, count] numbers below ``count``."""
+    return np.random.default_rng(seed).integers(count, size=(_DRAWS, count))
 
 
 def estimate_over(rows: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float]) -> Estimate | None:

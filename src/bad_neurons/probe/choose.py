@@ -15,7 +15,6 @@ from bad_neurons.probe.features import Features, Pool, Tokens
 from bad_neurons.probe.layers import LayerSelection, Score, Scores, check_options, select_layers
 
 FORMAT = "bad-neurons/layers/1"
-TITLES: dict[str, str] = {"auroc": "AUROC", "accuracy": "accuracy", "log_loss": "log loss (nats)"}
 
 
 def choose_layers(
@@ -119,12 +118,9 @@ def _write(out: Path, selection: LayerSelection, origin: dict[str, Any], options
         "scores": [{layer: scores._asdict() for layer, scores in step.candidates.items()} for step in selection.steps],
     }
     write_json(out / "layers.json", content)
-    from bad_neurons.report.plots import plot_layer_curve, save_png  # matplotlib takes a second to import
+    from bad_neurons.report.plots import plot_layer_choice, save_png  # matplotlib takes a second to import
 
-    score = options["score"]
-    layers, values = zip(*((step.layer, getattr(step.scores, score)) for step in selection.steps), strict=True)
-    figure = plot_layer_curve(layers, values, len(selection.order), getattr(selection.everything, score), TITLES[score])
-    save_png(figure, out / "layers.png")
+    save_png(plot_layer_choice(content), out / "layers.png")
 
 
 def layers_table(selection: LayerSelection) -> Table:

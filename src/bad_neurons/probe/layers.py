@@ -123,7 +123,7 @@ def select_layers(
         if not 0 < int(y.sum()) < len(y):
             raise UserError(f"{side} labels: {int(y.sum())} of {len(y)} are 1; layers are chosen by answers of both kinds")
     count = min(torch.get_num_threads(), _MAX_WORKERS)
-    _check_memory(len(layers), len(y_train), len(y_validation), count)
+    check_memory(len(layers), len(y_train), len(y_validation), count)
     with _single_threads(count) as workers:
         grams = _all_grams(workers, layers, train, validation)
         greedy = _Greedy(workers, [DualLogistic(y_train, l2) for _ in range(count)], grams, y_validation, score)
@@ -144,7 +144,12 @@ def check_options(layers: Sequence[int], l2: float, budget: int | None) -> None:
         raise UserError(f"--budget {budget}: 1 to {len(layers)} (the candidate layers), or null for a third of them")
 
 
-def _check_memory(layers: int, n: int, m: int, workers: int) -> None:
+def check_memory(layers: int, n: int, m: int, workers: int) -> None:
+    """Refuse Gram matrices of N training and M other answers that do not fit into memory, with ``workers`` fits beside them.
+
+    Raises:
+        UserError: they do not fit.
+    """
     # Linux hands out more memory than there is, and ends the process without a word when it is used.
     if not hasattr(os, "sysconf"):
         return

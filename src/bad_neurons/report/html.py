@@ -17,6 +17,7 @@ from jinja2 import ChainableUndefined, Environment, Undefined
 from bad_neurons.artifacts import read_json, written_aside
 from bad_neurons.errors import UserError
 from bad_neurons.report import plots, terminal
+from bad_neurons.report.probes import page_of_probes, plot_probes
 
 _AXES = {
     "residual": "residual (index i owns column i of gate_proj and up_proj and row i of down_proj)",
@@ -106,8 +107,11 @@ def _context(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     config = (run / "config.yaml").read_text(encoding="utf-8", errors="replace") if (run / "config.yaml").is_file() else None
     selection = _object(run / "selection" / "neurons.json")
     curves = _curves(run / "tuning" / "metrics.csv")
+    choice, compared = _object(run / "layers" / "layers.json"), _object(run / "probes" / "probes.json")
     figures = {
         "shift": plots.plot_shift(shifts) if shifts else None,
+        "choice": plots.plot_layer_choice(choice) if choice else None,
+        "compared": plot_probes(compared) if compared else None,
         "layers": plots.plot_layers(_counts(selection), int(selection["size"])) if selection else None,
         "training": plots.plot_training(curves) if curves else None,
     }
@@ -124,7 +128,10 @@ def _context(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
         "side_effects": [[_typeset(text) for text in row] for row in terminal.side_effect_rows(results.get("side_effects") or {})],
         "facts": _facts(results, selection, config),
         "sae": _object(run / "sae" / "metrics.json"),
+        "choice": choice,
+        "scores": plots.SCORES,
         "probes": _probes(run),
+        "compared": page_of_probes(compared) if compared else None,
         "weights_plot": _png(run / "selection" / "weights.png"),
         **{f"{name}_plot": plots.data_uri(figure) if figure is not None else None for name, figure in figures.items()},
         "answers": _answers(run / "evaluation" / "answers.jsonl"),

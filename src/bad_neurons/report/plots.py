@@ -21,8 +21,8 @@ from torch import Tensor
 from bad_neurons.artifacts import written_aside
 from bad_neurons.probe.module import Probe
 
-_BEFORE, _AFTER, _GREY = "#D55E00", "#0072B2", "#6b7280"
-_WIDTH = 8.6  # inches; 826 CSS pixels, the text width of the report
+BEFORE, AFTER, GREY = "#D55E00", "#0072B2", "#6b7280"
+WIDTH = 8.6  # inches; 826 CSS pixels, the text width of the report
 _TITLES = {"sae": "SAE features", "residual": "Residual activations"}
 
 Curve = Sequence[tuple[float, float]]
@@ -41,9 +41,9 @@ def plot_weights(probe: Probe, control: Probe | None, path: Path) -> None:
         path: the PNG to write.
     """
     probes = [probe] if control is None else [probe, control]
-    figure = Figure(figsize=(_WIDTH if control else _WIDTH / 2, 3.8), layout="constrained")
+    figure = Figure(figsize=(WIDTH if control else WIDTH / 2, 3.8), layout="constrained")
     panels = figure.subplots(1, len(probes), sharey=True, squeeze=False)[0]
-    for ax, one, colour in zip(panels, probes, (_AFTER, _BEFORE), strict=False):
+    for ax, one, colour in zip(panels, probes, (AFTER, BEFORE), strict=False):
         _weights_panel(ax, one, colour)
     panels[0].set_ylabel("|weight| / standard deviation of its layer")
     panels[0].set_ylim(bottom=0)
@@ -63,7 +63,7 @@ def _weights_panel(ax: Axes, probe: Probe, colour: str) -> None:
     ax.set_title(f"{title}: excess kurtosis {kurtosis(values):.1f}" if n > 1 else f"{title}: no weight but zero")
     ax.set_xlabel(f"rank among {n:,} weights (log scale)")
     ax.legend(frameon=False, loc="upper right")
-    _plain(ax)
+    plain(ax)
 
 
 def standardised_weights(probe: Probe) -> Tensor:
@@ -85,9 +85,9 @@ def plot_shift(suites: Mapping[str, Any]) -> Figure:
     Args:
         suites: ``suites`` of ``results.json``; a side without the measure is left out.
     """
-    figure = Figure(figsize=(_WIDTH, 1.2 + 0.55 * max(len(suites), 1)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.55 * max(len(suites), 1)), layout="constrained")
     ax = figure.subplots()
-    for side, offset, colour, marker in (("before", -0.13, _BEFORE, "o"), ("after", 0.13, _AFTER, "s")):
+    for side, offset, colour, marker in (("before", -0.13, BEFORE, "o"), ("after", 0.13, AFTER, "s")):
         points = [(row + offset, (sides.get(side) or {}).get("opinion_shift")) for row, sides in enumerate(suites.values())]
         found = [(y, e["mean"], *e.get("ci95", [e["mean"]] * 2)) for y, e in points if e]
         if found:
@@ -95,12 +95,12 @@ def plot_shift(suites: Mapping[str, Any]) -> Figure:
             # The ends are drawn as they are: a percentile interval need not hold the mean, and error bars may not be negative.
             ax.hlines(y, low, high, color=colour, linewidth=1.8)
             ax.plot(mean, y, marker, color=colour, markersize=7, label=side)
-    ax.axvline(0, color=_GREY, linewidth=1, linestyle="--")
+    ax.axvline(0, color=GREY, linewidth=1, linestyle="--")
     ax.set_yticks(range(len(suites)), [_literal(name) for name in suites])
     ax.set_ylim(len(suites) - 0.5, -0.5)
     ax.set_xlabel("opinion shift (nats); 0 = the person's opinion has no pull")
     figure.legend(frameon=False, loc="outside upper right", ncols=2)
-    _plain(ax, grid="x")
+    plain(ax, grid="x")
     return figure
 
 
@@ -111,16 +111,16 @@ def plot_layers(counts: Mapping[int, int], size: int) -> Figure:
         counts: chosen neurons by layer; a candidate without any counts 0.
         size: neurons of a layer.
     """
-    figure = Figure(figsize=(_WIDTH, 3.0), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
     ax = figure.subplots()
     layers = sorted(counts)
-    bars = ax.bar([str(layer) for layer in layers], [counts[layer] for layer in layers], color=_AFTER, width=0.65)
+    bars = ax.bar([str(layer) for layer in layers], [counts[layer] for layer in layers], color=AFTER, width=0.65)
     ax.bar_label(bars, [f"{100 * counts[layer] / size:.1f} %" for layer in layers], padding=2, fontsize=9 if len(layers) < 16 else 7)
     ax.margins(y=0.15)
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("layer")
     ax.set_ylabel("chosen neurons")
-    _plain(ax)
+    plain(ax)
     return figure
 
 
@@ -134,14 +134,14 @@ def plot_layer_curve(layers: Sequence[int], values: Sequence[float], taken: int,
         everything: the score with all candidates.
         score: name and unit of the score.
     """
-    figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     ax = figure.subplots()
     steps = range(1, len(layers) + 1)
-    ax.plot(steps[:taken], values[:taken], "o-", color=_AFTER, linewidth=1.6, markersize=6, label="chosen layers", zorder=3)
+    ax.plot(steps[:taken], values[:taken], "o-", color=AFTER, linewidth=1.6, markersize=6, label="chosen layers", zorder=3)
     if len(layers) > taken:
-        ax.plot(steps[max(taken - 1, 0) :], values[max(taken - 1, 0) :], ":", color=_BEFORE, linewidth=1.4)
-        ax.plot(steps[taken:], values[taken:], "s", color=_BEFORE, markerfacecolor="white", markersize=6, label="the next best, no better")
-    ax.axhline(everything, color=_GREY, linewidth=1.2, linestyle="--", label="all candidates")
+        ax.plot(steps[max(taken - 1, 0) :], values[max(taken - 1, 0) :], ":", color=BEFORE, linewidth=1.4)
+        ax.plot(steps[taken:], values[taken:], "s", color=BEFORE, markerfacecolor="white", markersize=6, label="the next best, no better")
+    ax.axhline(everything, color=GREY, linewidth=1.2, linestyle="--", label="all candidates")
     for step, layer, value in zip(steps, layers, values, strict=True):
         ax.annotate(f"layer {layer}", (step, value), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
     ax.margins(y=0.2)
@@ -149,8 +149,18 @@ def plot_layer_curve(layers: Sequence[int], values: Sequence[float], taken: int,
     ax.set_xlabel("number of layers")
     ax.set_ylabel(f"validation {score}")
     ax.legend(frameon=False)
-    _plain(ax)
+    plain(ax)
     return figure
+
+
+SCORES = {"auroc": "AUROC", "accuracy": "accuracy", "log_loss": "log loss (nats)"}
+
+
+def plot_layer_choice(content: Mapping[str, Any]) -> Figure:
+    """The curve of a greedy choice, from the content of ``layers.json``."""
+    score = content["options"]["score"]
+    layers, values = zip(*((step["layer"], step[score]) for step in content["curve"]), strict=True)
+    return plot_layer_curve(layers, values, len(content["order"]), content["all_candidates"][score], SCORES[score])
 
 
 # Terms of the loss that are drawn, as they are named in metrics.csv (`train/ce`), with the label of their axis.
@@ -168,10 +178,10 @@ def plot_training(curves: Mapping[str, Curve]) -> Figure:
         curves: points ``(step, value)`` by ``train/<term>`` and ``val/<term>`` for the :data:`TERMS` that were logged.
     """
     labels = {name: label for name, label in TERMS.items() if {f"train/{name}", f"val/{name}"} & set(curves)}
-    figure = Figure(figsize=(_WIDTH, 3.3), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
     panels = figure.subplots(1, len(labels), squeeze=False)[0]
     for ax, (name, label) in zip(panels, labels.items(), strict=True):
-        for side, title, colour, style in (("train", "training", _BEFORE, "-"), ("val", "validation", _AFTER, "s-")):
+        for side, title, colour, style in (("train", "training", BEFORE, "-"), ("val", "validation", AFTER, "s-")):
             if points := curves.get(f"{side}/{name}"):
                 step, value = zip(*points, strict=True)
                 ax.plot(step, value, style if len(points) > 1 else "o", color=colour, linewidth=1.3, markersize=5, label=title)
@@ -181,7 +191,7 @@ def plot_training(curves: Mapping[str, Curve]) -> Figure:
         if ax.lines:
             ax.set_ylim(bottom=0)
             ax.legend(frameon=False)
-        _plain(ax)
+        plain(ax)
     return figure
 
 
@@ -198,7 +208,8 @@ def data_uri(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _plain(ax: Axes, grid: str = "y") -> None:
+def plain(ax: Axes, grid: str = "y") -> None:
+    """Take off the frame above and to the right, and draw faint lines behind the data."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis=grid, color="#e5e7eb", linewidth=0.8)  # type: ignore[arg-type]
     ax.set_axisbelow(True)
