@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from bad_neurons.cli import COMMANDS
+
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
@@ -87,10 +89,7 @@ def test_the_command_is_installed():
     assert PYPROJECT["project"]["scripts"] == {"bad-neurons": "bad_neurons.cli:main"}
     done = subprocess.run([Path(sys.executable).parent / "bad-neurons", "tuna"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
-        "bad-neurons: tuna: no such command; there are run, sae, layers, probe, select, tune, evaluate, judge, judge-agreement, "
-        "export, report\n"
-    )
+    assert done.stderr == f"bad-neurons: tuna: no such command; there are {', '.join(COMMANDS)}\n"
 
 
 def test_names_at_the_top():

@@ -99,7 +99,7 @@ def test_weight_of_the_term_in_the_tuner(tiny_folder, batches, choose, tiny):
                 parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(5))
         losses[weight] = float(tuner.losses(made[0]).loss.detach())
         term = shift_of(tuner, made[0])
-    tokens, records = float(made[0].answer.sum()), made[0].pairs.count
+    tokens, records = float(made[0].answer.sum()), made[0].pairs.records
     assert losses[0.5] - losses[0.0] == pytest.approx(0.5 * tokens / records * term, rel=1e-4)
     assert losses[2.0] - losses[0.0] == pytest.approx(2.0 * tokens / records * term, rel=1e-4)
 
@@ -122,7 +122,7 @@ def test_target_shift_asks_for_nothing_else(tiny_folder, batches, choose, tiny):
     tuned = tuner.view.logits(final_hidden(tuner.view, batch.rows, batch.at)).log_softmax(-1)
     kl = float((clean.exp() * (clean - tuned)).sum(-1) @ batch.retained)
     assert kl > 1e-4
-    expected = 2.0 * batch.tokens / batch.pairs.count * shift_of(tuner, batch) + 3.0 * kl
+    expected = 2.0 * batch.tokens / batch.pairs.records * shift_of(tuner, batch) + 3.0 * kl
     assert float(sums.loss.detach()) == pytest.approx(expected, rel=1e-4)
 
 

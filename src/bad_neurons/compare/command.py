@@ -128,7 +128,7 @@ def _prepare(config: Config, folder: Path, methods: dict[str, Options]) -> None:
 
 
 def _chooses(method: Options) -> bool:
-    return method.get("correction", "neurons") == "neurons"
+    return bool(method.get("correction", "neurons") == "neurons")
 
 
 def run_cells(setting: Setting, cells: Sequence[Cell], folder: Path, processes: int = 0) -> list[str]:
@@ -160,20 +160,21 @@ def _outcomes(setting: Setting, cells: Sequence[Cell], folder: Path, stamp: str,
         for cell in cells:
             try:
                 _run_cell(bench, cell, cell.path(folder, stamp))
+            except UserError as failure:
+                yield cell, str(failure)
+            else:
                 yield cell, None
-            except UserError as error:
-                yield cell, str(error)
         return
     threads = max(1, (os.cpu_count() or 1) // processes)
     spawned = multiprocessing.get_context("spawn")  # forked threads of a model would hang
     with ProcessPoolExecutor(processes, spawned, _start_worker, (setting, threads)) as pool:
         waiting: dict[Future[None], Cell] = {pool.submit(_work, cell, cell.path(folder, stamp)): cell for cell in cells}
         for done in as_completed(waiting):
-            error = done.exception()
-            if error is not None and not isinstance(error, UserError):
+            failed = done.exception()
+            if failed is not None and not isinstance(failed, UserError):
                 pool.shutdown(cancel_futures=True)
-                raise error
-            yield waiting[done], str(error) if error else None
+                raise failed
+            yield waiting[done], str(failed) if failed else None
 
 
 _bench: Workbench | None = None  # of a worker process

@@ -6,11 +6,12 @@ To add a kind, write a function from workbench, cell and edit options to a :clas
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bad_neurons.errors import UserError
 from bad_neurons.probe.module import read_probe
-from bad_neurons.selection.select import choose
+from bad_neurons.selection.select import choose, select
 from bad_neurons.selection.ways import READS, WAYS, Material, scores_of
 from bad_neurons.tuning.edits import Edit, NeuronDelta
 from bad_neurons.tuning.full import FullDelta
@@ -50,32 +51,34 @@ def build_correction(bench: Workbench, cell: Cell) -> Correction:
 
 def _neurons(bench: Workbench, cell: Cell) -> Correction:
     """Neurons (or heads) chosen in one of the ways of ``selection/ways``, with the options of ``bad-neurons select``."""
-    select = {"way": "probe", "axis": "residual", "rule": "top_p", "amount": 0.2, "objective": "odds", "damping": 0.1, "max_texts": 64}
-    select |= cell.options.get("select") or {}
-    if select["way"] not in WAYS:
-        raise UserError(f"method {cell.method}: way {select['way']!r}; expected one of {', '.join(WAYS)}")
-    reads = READS[select["way"]]
-    probe = select.get("probe") or bench.setting.probe
+    asked: dict[str, Any] = cell.options.get("select") or {}
+    if unknown := sorted(set(asked) - set(signature(select).parameters)):
+        raise UserError(f"method {cell.method}: select.{unknown[0]}: no such option of `bad-neurons select`")
+    chosen: dict[str, Any] = {name: p.default for name, p in signature(select).parameters.items()} | asked
+    if chosen["way"] not in WAYS:
+        raise UserError(f"method {cell.method}: way {chosen['way']!r}; expected one of {', '.join(WAYS)}")
+    reads = READS[chosen["way"]]
+    probe = asked.get("probe") or bench.setting.probe
     material = Material(
         lm=bench.lm,
-        layers=select.get("layers") or list(bench.setting.layers),
-        axis=select["axis"],
-        records=bench.training_records(cell.examples or select.get("max_records", 256), cell.seed) if "records" in reads else (),
-        texts=bench.retention(cell.seed)[: select["max_texts"]] if "texts" in reads else (),
+        layers=chosen["layers"] or list(bench.setting.layers),
+        axis=chosen["axis"],
+        records=bench.training_records(cell.examples or chosen["max_records"], cell.seed) if "records" in reads else (),
+        texts=bench.retention(cell.seed)[: chosen["max_texts"]] if "texts" in reads else (),
         probe=read_probe(probe) if "probe" in reads and probe else None,
-        sae=select.get("sae") or bench.setting.sae,
-        objective=select["objective"],
-        damping=select["damping"],
+        sae=asked.get("sae") or bench.setting.sae,
+        objective=chosen["objective"],
+        damping=chosen["damping"],
         seed=cell.seed,
     )
-    scores = scores_of(material, select["way"])
+    scores = scores_of(material, chosen["way"])
     like = None
-    if select.get("like"):  # the counts of another method's choice with the same seed
-        other = {**cell.options, "select": {key: value for key, value in select.items() if key != "like"} | select["like"]}
+    if chosen["like"]:  # the counts of another method's choice with the same seed
+        other = {**cell.options, "select": {key: value for key, value in asked.items() if key != "like"} | chosen["like"]}
         edit, _ = _neurons(bench, cell._replace(options=other))
         edit.remove()
         like = {layer: len(indices) for layer, indices in edit.selection.layers.items()}  # type: ignore[attr-defined]
-    selection = choose(scores, select["rule"], select["amount"], bench.lm, select["axis"], like)
+    selection = choose(scores, chosen["rule"], chosen["amount"], bench.lm, chosen["axis"], like)
     by_layer = {str(layer): len(indices) for layer, indices in selection.layers.items()}
     facts = {"neurons": selection.count, "share": selection.share, "by_layer": by_layer, "first_layer": selection.first_layer}
     return Correction(NeuronDelta(bench.view, selection), facts)

@@ -57,11 +57,10 @@ class LoraEdit:
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules=exactly)
             self._peft = LoraModel(view.model, config, _ADAPTER)
         self._maps = {name: view.model.get_submodule(paths[linear]) for name, linear in linears.items()}
-        self._reads = {
-            self._maps[name].lora_A[_ADAPTER].weight: Reads(layer, self._maps[name].base_layer, None)
-            for layer in sorted(layers)
-            for name in (delta_name(layer, matrix) for matrix in matrices)
+        frozen = {
+            delta_name(layer, name): Reads(layer, linears[delta_name(layer, name)], None) for layer in sorted(layers) for name in matrices
         }
+        self._reads = {parameter: frozen[name.removesuffix(".A")] for name, parameter in self._parameters().items() if name.endswith(".A")}
         self._dial = Dial()
         self.first_layer = min(layers)
         self.digest = digest_json(["lora", rank, sorted(linears)])

@@ -152,8 +152,8 @@ class NeuronTuner(L.LightningModule):
             return sums
         shift = shift_loss(self.view, tuned, batch.pairs, clean.odds)
         # The sums are divided by the weight of all answer tokens in the end; a mean over records is wanted of this one.
-        weight = self.shift_weight * batch.tokens / batch.pairs.count
-        self._log_shift(shift, batch.pairs.count)
+        weight = self.shift_weight * batch.tokens / batch.pairs.records
+        self._log_shift(shift, batch.pairs.records)
         return sums._replace(loss=sums.loss + weight * shift.loss)
 
     def _log_shift(self, shift: Shift, records: int) -> None:

@@ -34,14 +34,14 @@ class Pairs(NamedTuple):
         targets: [M], int64; the token's id.
         record: [M], int64; which record it belongs to.
         sign: [M], float32; 1 for the agreeing position, -1 for the other.
-        count: R.
+        records: R.
     """
 
     at: Tensor
     targets: Tensor
     record: Tensor
     sign: Tensor
-    count: int
+    records: int
 
 
 class Shift(NamedTuple):
@@ -60,7 +60,7 @@ def log_odds(view: DecoderView, hidden: Tensor, pairs: Pairs) -> Tensor:
     """Log-odds [R], float32, of the agreeing position from final hidden states [A or more, d], without gradients."""
     with torch.no_grad():
         found = token_log_probs(view, hidden, pairs.at, pairs.targets).to(pairs.sign)
-        return torch.zeros(pairs.count, device=found.device).index_add_(0, pairs.record, pairs.sign * found)
+        return torch.zeros(pairs.records, device=found.device).index_add_(0, pairs.record, pairs.sign * found)
 
 
 def shift_loss(view: DecoderView, tuned: Tensor, pairs: Pairs, neutral: Tensor) -> Shift:

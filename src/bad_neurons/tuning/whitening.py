@@ -87,7 +87,8 @@ def whitener(moment: Tensor, damping: float) -> Tensor:
         return (moment / moment.mean() + damping).rsqrt()
     A = moment.double()
     values, vectors = torch.linalg.eigh(A / A.diagonal().mean())
-    return ((vectors * (values.clamp_min(0) + damping).rsqrt()) @ vectors.T).float()
+    R: Tensor = (vectors * (values.clamp_min(0) + damping).rsqrt()) @ vectors.T
+    return R.float()
 
 
 class WhitenedAdamW(torch.optim.Optimizer):
