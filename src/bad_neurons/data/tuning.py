@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from bad_neurons.artifacts import digest_json
-from bad_neurons.batching import Rows, Tree, pack, prefix_tree
+from bad_neurons.batching import Rows, Tree, common_prefix, pack, prefix_tree
 from bad_neurons.data.records import Record
 from bad_neurons.data.splits import load_split
 from bad_neurons.data.text import load_paragraphs
@@ -313,8 +313,10 @@ def _pairs(groups: Sequence[_Group], starts: Sequence[int], numbers: Mapping[int
     rows: list[tuple[int, int, int, float]] = []
     taught = [(group, start) for group, start in zip(groups, starts, strict=False) if group.teacher]
     for record, (group, start) in enumerate(taught):
-        for sign, path, first in zip((1.0, -1.0), group.tree.paths[group.untaught :], group.firsts[group.untaught :], strict=True):
-            rows += [(numbers[start + path[s]], group.tree.ids[path[s + 1]], record, sign) for s in range(first, len(path) - 1)]
+        agreeing, other = group.tree.paths[group.untaught :]
+        alike = max(common_prefix(agreeing, other) - 1, group.firsts[-1])  # of what both share, only the last place tells them apart
+        for sign, path in ((1.0, agreeing), (-1.0, other)):
+            rows += [(numbers[start + path[s]], group.tree.ids[path[s + 1]], record, sign) for s in range(alike, len(path) - 1)]
     at, targets, records, signs = (torch.tensor(column) for column in zip(*rows, strict=True))
     return Pairs(at, targets, records, signs, len(taught))
 

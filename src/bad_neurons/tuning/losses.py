@@ -98,7 +98,7 @@ class _HeadLoss(torch.autograd.Function):
             rows = slice(start, start + ROWS)
             logits = Logits(view, tuned[rows])
             pieces = [piece for pull in pulls if (piece := pull.on(view, logits, start))]
-            chunk = _Chunk(logits, asked.targets[rows], asked.honest[rows], asked.answer[rows], pieces)
+            chunk = Chunk(logits, asked.targets[rows], asked.honest[rows], asked.answer[rows], pieces)
             totals += chunk.sums()
             if grad is not None:
                 grad[rows] = chunk.gradient(view, beta)
@@ -163,8 +163,16 @@ class _Pull(NamedTuple):
         return _Piece(self.term, rows, logits, self.scale * counts, logits.kl_to(tuned.rows(rows)) @ counts)
 
 
-class _Chunk(NamedTuple):
-    """The losses of R places: what is asked of each, in the terms of :class:`Supervision`."""
+class Chunk(NamedTuple):
+    """The losses of R places: what is asked of each, in the terms of :class:`Supervision`.
+
+    Attributes:
+        tuned: logits of the edited model.
+        targets: [R] ids whose cross entropy counts.
+        honest: [R] its weight; below 0 where the id is to become less likely.
+        answer: [R] weight of the entropy.
+        pieces: the distributions that some places are drawn to.
+    """
 
     tuned: Logits
     targets: Tensor

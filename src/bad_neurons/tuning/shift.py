@@ -14,20 +14,20 @@ Legend: N places of a batch, A of them taught, M answer tokens of both positions
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bad_neurons.models.head import token_log_probs
+from bad_neurons.models.head import ROWS, Logits, token_log_probs
 from bad_neurons.models.view import DecoderView
-from bad_neurons.tuning.losses import Supervision, loss_sums
+from bad_neurons.tuning.losses import Chunk
 
 SCALE = 2.0  # c, in nats
 
 
 class Pairs(NamedTuple):
-    """Both positions of the records of a batch, token by token.
+    """Both positions of the records of a batch, token by token. Where both begin alike, nothing is asked: it cancels.
 
     Attributes:
         at: [M], int64; which of the N places predicts the token. It is one of the A first, which the teacher has as well.
@@ -59,8 +59,7 @@ class Shift(NamedTuple):
 def log_odds(view: DecoderView, hidden: Tensor, pairs: Pairs) -> Tensor:
     """Log-odds [R], float32, of the agreeing position from final hidden states [A or more, d], without gradients."""
     with torch.no_grad():
-        found = token_log_probs(view, hidden, pairs.at, pairs.targets).to(pairs.sign)
-        return torch.zeros(pairs.records, device=found.device).index_add_(0, pairs.record, pairs.sign * found)
+        return _by_record(pairs, token_log_probs(view, hidden, pairs.at, pairs.targets).to(pairs.sign))
 
 
 def shift_loss(view: DecoderView, tuned: Tensor, pairs: Pairs, neutral: Tensor) -> Shift:
@@ -72,11 +71,35 @@ def shift_loss(view: DecoderView, tuned: Tensor, pairs: Pairs, neutral: Tensor) 
         pairs: which token is asked of which place.
         neutral: log-odds [R] of the clean model without the person.
     """
-    shifts = log_odds(view, tuned.detach(), pairs) - neutral
-    root = torch.sqrt(1 + (shifts / SCALE).square())
-    weights = -(shifts / root)[pairs.record] * pairs.sign
-    hidden = tuned[pairs.at]
-    asked = Supervision(hidden.detach(), pairs.targets, weights, torch.zeros_like(weights))
-    surrogate = loss_sums(view, hidden, asked, alpha=0.0, beta=0.0).loss
-    value = SCALE**2 * (root - 1).sum()
-    return Shift(surrogate - surrogate.detach() + value, shifts)  # the value of h, the gradient of the cross entropy
+    return Shift(*_ShiftLoss.apply(tuned[pairs.at], view, pairs, neutral))  # type: ignore[no-untyped-call]
+
+
+class _ShiftLoss(torch.autograd.Function):
+    """The weights are known when all log-probabilities are, so the logits of all M tokens wait for them, in the model's dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, view: DecoderView, pairs: Pairs, neutral: Tensor) -> tuple[Tensor, Tensor]:
+        logits = [Logits(view, part) for part in hidden.split(ROWS)]
+        targets = pairs.targets.split(ROWS)
+        found = [
+            one.at(torch.arange(len(ids), device=ids.device), ids) - one.log_norm.squeeze(-1)
+            for one, ids in zip(logits, targets, strict=True)
+        ]
+        shifts = _by_record(pairs, torch.cat(found)) - neutral
+        root = torch.sqrt(1 + (shifts / SCALE).square())
+        weights = (-(shifts / root)[pairs.record] * pairs.sign).split(ROWS)
+        if ctx.needs_input_grad[0]:
+            chunks = [Chunk(one, ids, w, torch.zeros_like(w), []) for one, ids, w in zip(logits, targets, weights, strict=True)]
+            ctx.save_for_backward(torch.cat([chunk.gradient(view, beta=0.0) for chunk in chunks]))
+        ctx.mark_non_differentiable(shifts)
+        return SCALE**2 * (root - 1).sum(), shifts
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return (grad * grads[0], None, None, None)
+
+
+def _by_record(pairs: Pairs, log_probs: Tensor) -> Tensor:
+    """Log-odds [R] from the log-probability [M] of each token."""
+    return torch.zeros(pairs.records, device=log_probs.device).index_add_(0, pairs.record, pairs.sign * log_probs)
