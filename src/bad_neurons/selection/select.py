@@ -53,7 +53,7 @@ def select(
         model: ``packaged:<name>``, a folder, or a hub id.
         way: how neurons are scored: by a ``probe`` (the paper's way), at ``random``, by the ``gradient`` of the behaviour, by the
             ``contrast`` of activations, or by effect for side effect, with the curvature of each weight (``fisher``) or of each
-            neuron's own direction (``fisher_step``), or by their share of the pull to the person (``heads``, for the axis of that name).
+            neuron's own direction (``fisher_step``), or attention ``heads`` by how much of the person's pull goes through them.
         layers: candidate layers; None takes the probe's.
         probe: ``probe.safetensors`` of a probe on SAE or on residual features; without the way ``probe`` only its layers are read,
             and only where none are given.
@@ -70,7 +70,7 @@ def select(
         damping: share of the mean curvature that ``fisher`` and ``fisher_step`` add to each.
         out: folder for ``neurons.json``, and for ``weights.png`` (way ``probe``).
         axis: what a neuron is: an index of the hidden size (``residual``, the paper's text), or of the MLP's
-            intermediate size.
+            intermediate size, or a query head of the attention (``heads``).
         rule: how the choice is made from the scores; ``same_counts`` takes as many of each layer as ``like`` has, ``all`` every
             neuron of the layers.
         amount: share of the summed scores (``top_p``), share of all neurons (``top_fraction``), or neurons of each layer

@@ -15,7 +15,7 @@ from bad_neurons.errors import UserError
 from bad_neurons.selection.ways.contrast import contrast_scores
 from bad_neurons.selection.ways.fisher import fisher_scores, fisher_step_scores
 from bad_neurons.selection.ways.gradient import gradient_scores
-from bad_neurons.selection.ways.heads import head_way_scores
+from bad_neurons.selection.ways.heads import head_scores
 from bad_neurons.selection.ways.material import Material, Objective, Way
 from bad_neurons.selection.ways.probe import probe_scores
 from bad_neurons.selection.ways.random import random_scores
@@ -32,7 +32,7 @@ WAYS: dict[WayName, Way] = {
     "contrast": contrast_scores,
     "fisher": fisher_scores,
     "fisher_step": fisher_step_scores,
-    "heads": head_way_scores,
+    "heads": head_scores,
 }
 
 # What each way reads of the material beside the model.

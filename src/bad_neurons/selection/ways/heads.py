@@ -37,22 +37,12 @@ from bad_neurons.selection.ways.material import Material
 from bad_neurons.tuning.losses import Supervision, loss_sums
 
 
-def head_way_scores(material: Material) -> dict[int, Tensor]:
-    """Scores of the heads of the candidate layers.
-
-    Raises:
-        UserError: another axis than ``heads``.
-    """
+def head_scores(material: Material) -> dict[int, Tensor]:
+    """The size of each head's effect, see :func:`head_effects`."""
     if material.axis != "heads":
-        raise UserError(f"--way heads: scores attention heads, not units of the axis {material.axis}; give --axis heads")
-    return head_scores(material.view, material.lm.tokenizer, material.records, material.layers, material.max_tokens)
-
-
-def head_scores(
-    view: DecoderView, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], layers: Sequence[int], max_tokens: int = 2048
-) -> dict[int, Tensor]:
-    """Score [H] >= 0 of every head of each layer, float32 on the CPU: the size of :func:`head_effects`."""
-    return {layer: effects.abs() for layer, effects in head_effects(view, tokenizer, records, layers, max_tokens).items()}
+        raise UserError(f"--axis {material.axis}: the way heads scores attention heads; give --axis heads")
+    effects = head_effects(material.view, material.lm.tokenizer, material.records, material.layers, material.max_tokens)
+    return {layer: effect.abs() for layer, effect in effects.items()}
 
 
 def head_effects(
