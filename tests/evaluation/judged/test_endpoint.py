@@ -99,6 +99,20 @@ def test_a_reply_that_never_ends_is_given_up(endpoint, judge, ask, verdicts):
     assert 0.4 <= endpoint.asked[1].at - endpoint.asked[0].at < 3
 
 
+def test_a_reply_whose_end_comes_late_counts(endpoint, judge, ask, verdicts):
+    def late(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(completion("4")) + 1))
+        handler.end_headers()
+        for part in (b" ", completion("4")):  # each within the time of one read, both together beyond it
+            time.sleep(1.2)
+            handler.wfile.write(part)
+
+    endpoint.act = lambda asked, number: late
+    assert verdicts(judge(timeout=2.0), ask())[0].score == 4
+    assert len(endpoint.asked) == 1
+
+
 @pytest.mark.parametrize("status", [429, 503])
 def test_the_pause_that_is_asked_for_is_kept(endpoint, judge, ask, verdicts, status):
     endpoint.act = lambda asked, number: respond(status, b"", Retry_After="0.5") if number == 1 else "1"

@@ -155,11 +155,12 @@ class EndpointJudge:
         end = time.monotonic() + self._timeout
         try:
             with client.stream("POST", self._url, json=payload) as response:
-                body = bytearray()
+                body, late = bytearray(), False
                 for part in response.iter_bytes():  # endpoints keep a connection alive with blanks, so no single read is slow
-                    body += part
-                    if time.monotonic() > end:
+                    if late:
                         raise _Passing(f"not whole after {self._timeout:g} s")
+                    body += part
+                    late = time.monotonic() > end
         except httpx2.TimeoutException as error:
             raise _Passing(f"nothing within {self._timeout:g} s") from error
         except httpx2.RequestError as error:
