@@ -202,6 +202,13 @@ def test_the_teacher_reads_the_neutral_prompt(module):
     assert Counter(p + a for batch in made.train_dataloader() for p, a in spelled(batch, teacher=True)) == expected
 
 
+def test_retention_at_every_fourth_token(module):
+    made = module(retention="python-docs", retention_rows=2, retention_tokens=60, retention_stride=4)
+    for batch in made.train_dataloader():
+        positions = batch.rows.positions.flatten()[batch.at[batch.retained > 0]]
+        assert sorted(positions.tolist()) == sorted([*range(0, 59, 4), *range(1, 59, 4)])
+
+
 def test_retention_is_supervised_in_retained_alone(module):
     made = module(retention="python-docs", retention_rows=2, retention_tokens=60, batch_tokens=400)
     batches, pieces = list(made.train_dataloader()), []

@@ -130,6 +130,8 @@ class SycophancyDataModule(L.LightningDataModule):
         retention: source of the retention text (``python-docs``, a file, a folder, ``hub:<dataset>``), or None.
         retention_rows: pieces of retention text beside each batch of records.
         retention_tokens: tokens of one piece.
+        retention_stride: take the KL at every so many-th token of a piece, from another first one in each piece: the head, which
+            costs most where the vocabulary is large, then runs at those alone, so more text fits into the same time.
         seed: seed of the order and the batches.
 
     Attributes:
@@ -151,6 +153,7 @@ class SycophancyDataModule(L.LightningDataModule):
         retention: str | None = "python-docs",
         retention_rows: int = 2,
         retention_tokens: int = 64,
+        retention_stride: int = 1,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -158,6 +161,7 @@ class SycophancyDataModule(L.LightningDataModule):
             ("batch_tokens", batch_tokens, 1),
             ("max_records", max_records, 0),
             ("retention_rows", retention_rows, 0),
+            ("retention_stride", retention_stride, 1),
         ):
             if value < least:
                 raise UserError(f"--data.{name} {value}: at least {least}")
@@ -168,7 +172,7 @@ class SycophancyDataModule(L.LightningDataModule):
         self.target, self.wrong_persons_only = target, wrong_persons_only
         self.weights = (honest_weight, 1 - honest_weight) if target == "mixed" else _WEIGHTS[target]
         self.batch_tokens, self.retention = batch_tokens, retention
-        self.retention_rows, self.retention_tokens = retention_rows, retention_tokens
+        self.retention_rows, self.retention_tokens, self.retention_stride = retention_rows, retention_tokens, retention_stride
         self._batches: dict[str, list[TuningBatch]] = {}
         self.retained: list[list[int]] = []
 
@@ -203,7 +207,7 @@ class SycophancyDataModule(L.LightningDataModule):
             beside = [next(texts) for _ in range(self.retention_rows)] if pieces else []
             room = self.batch_tokens - sum(len(group.tree.ids) for group in beside)
             picked = _fitting(groups, room)
-            batches.append(_collate(groups[:picked], beside, self.weights))
+            batches.append(_collate(groups[:picked], beside, self.weights, self.retention_stride))
             groups = groups[picked:]
         return batches
 
@@ -287,8 +291,8 @@ def _fitting(groups: Sequence[_Group], room: int) -> int:
     return max(1, sum(1 for _ in itertools.takewhile(lambda total: total <= room, totals)))
 
 
-def _collate(answers: Sequence[_Group], retained: Sequence[_Group], weights: tuple[float, float]) -> TuningBatch:
-    """One batch; ``weights`` of an honest token and of a taught one."""
+def _collate(answers: Sequence[_Group], retained: Sequence[_Group], weights: tuple[float, float], stride: int = 1) -> TuningBatch:
+    """One batch; ``weights`` of an honest token and of a taught one; every ``stride``-th token of retention text counts."""
     packed = pack([group.tree for group in (*answers, *retained)], _ROW_WIDTH)
     teachers = [group.teacher for group in answers if group.teacher]
     teacher = pack([group.tree for group in teachers], _ROW_WIDTH) if teachers else None
@@ -296,8 +300,8 @@ def _collate(answers: Sequence[_Group], retained: Sequence[_Group], weights: tup
     places: dict[int, _Place] = {}  # by flat place
     for group, start in zip(answers, packed.starts, strict=False):
         _add_answers(places, group, start, next(teacher_starts) if group.teacher else 0, weights)
-    for group, start in zip(retained, packed.starts[len(answers) :], strict=True):
-        places |= {start + node: _Place(retained=1.0) for node in group.tree.paths[0][:-1]}
+    for number, (group, start) in enumerate(zip(retained, packed.starts[len(answers) :], strict=True)):
+        places |= {start + node: _Place(retained=1.0) for node in group.tree.paths[0][number % stride : -1 : stride]}
     ordered = sorted(places.items(), key=lambda item: (item[1].retained > 0, item[1].teacher < 0))
     at = torch.tensor([place for place, _ in ordered])
     targets, there, honest, neutral, kept = (torch.tensor(column) for column in zip(*(astuple(asked) for _, asked in ordered), strict=True))
