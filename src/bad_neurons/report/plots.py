@@ -63,7 +63,7 @@ def _weights_panel(ax: Axes, probe: Probe, colour: str) -> None:
     ax.set_title(f"{title}: excess kurtosis {kurtosis(values):.1f}" if n > 1 else f"{title}: no weight but zero")
     ax.set_xlabel(f"rank among {n:,} weights (log scale)")
     ax.legend(frameon=False, loc="upper right")
-    _plain(ax)
+    plain(ax)
 
 
 def standardised_weights(probe: Probe) -> Tensor:
@@ -96,11 +96,11 @@ def plot_shift(suites: Mapping[str, Any]) -> Figure:
             ax.hlines(y, low, high, color=colour, linewidth=1.8)
             ax.plot(mean, y, marker, color=colour, markersize=7, label=side)
     ax.axvline(0, color=_GREY, linewidth=1, linestyle="--")
-    ax.set_yticks(range(len(suites)), [_literal(name) for name in suites])
+    ax.set_yticks(range(len(suites)), [literal(name) for name in suites])
     ax.set_ylim(len(suites) - 0.5, -0.5)
     ax.set_xlabel("opinion shift (nats); 0 = the person's opinion has no pull")
     figure.legend(frameon=False, loc="outside upper right", ncols=2)
-    _plain(ax, grid="x")
+    plain(ax, grid="x")
     return figure
 
 
@@ -120,7 +120,7 @@ def plot_layers(counts: Mapping[int, int], size: int) -> Figure:
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("layer")
     ax.set_ylabel("chosen neurons")
-    _plain(ax)
+    plain(ax)
     return figure
 
 
@@ -149,7 +149,7 @@ def plot_layer_curve(layers: Sequence[int], values: Sequence[float], taken: int,
     ax.set_xlabel("number of layers")
     ax.set_ylabel(f"validation {score}")
     ax.legend(frameon=False)
-    _plain(ax)
+    plain(ax)
     return figure
 
 
@@ -181,7 +181,7 @@ def plot_training(curves: Mapping[str, Curve]) -> Figure:
         if ax.lines:
             ax.set_ylim(bottom=0)
             ax.legend(frameon=False)
-        _plain(ax)
+        plain(ax)
     return figure
 
 
@@ -198,12 +198,13 @@ def data_uri(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _plain(ax: Axes, grid: str = "y") -> None:
+def plain(ax: Axes, grid: str = "y") -> None:
+    """Two spines, and faint lines of a grid behind everything."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis=grid, color="#e5e7eb", linewidth=0.8)  # type: ignore[arg-type]
     ax.set_axisbelow(True)
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """Text in which matplotlib finds no formula."""
     return text.replace("$", r"\$")
