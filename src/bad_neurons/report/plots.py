@@ -96,7 +96,7 @@ def plot_shift(suites: Mapping[str, Any]) -> Figure:
             ax.hlines(y, low, high, color=colour, linewidth=1.8)
             ax.plot(mean, y, marker, color=colour, markersize=7, label=side)
     ax.axvline(0, color=GREY, linewidth=1, linestyle="--")
-    ax.set_yticks(range(len(suites)), [_literal(name) for name in suites])
+    ax.set_yticks(range(len(suites)), [literal(name) for name in suites])
     ax.set_ylim(len(suites) - 0.5, -0.5)
     ax.set_xlabel("opinion shift (nats); 0 = the person's opinion has no pull")
     figure.legend(frameon=False, loc="outside upper right", ncols=2)
@@ -215,6 +215,6 @@ def plain(ax: Axes, grid: str = "y") -> None:
     ax.set_axisbelow(True)
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """Text in which matplotlib finds no formula."""
     return text.replace("$", r"\$")
