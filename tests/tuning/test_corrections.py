@@ -209,11 +209,34 @@ def test_function_and_gradient_are_those_of_dense_matrices(made, kind, family, t
         torch.testing.assert_close(parameter.grad, leaf.grad, rtol=1e-3, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("kind", KINDS, indirect=True)
-def test_in_bfloat16_the_change_is_float32(made, kind, ids):
-    lm, edit = made(kind)
+def test_in_bfloat16_the_change_is_float32(tiny, choose, kind, ids):
+    lm = tiny()
     lm.model.bfloat16()
-    edit.remove()
+    clean = logits(lm.model, ids)
+    edit = KINDS[kind][0](lm, choose)
+    if kind != "steering":
+        assert torch.equal(logits(lm.model, ids), clean)
+    randomise(edit)
+    changed = logits(lm.model, ids)
+    assert changed.dtype == torch.bfloat16
+    assert not torch.equal(changed, clean)
+    assert {value.dtype for value in edit.deltas().values()} == {torch.float32}
+    assert {p.dtype for p in edit.trainable()} <= {torch.bfloat16 if kind == "masked" else torch.float32}
+    with edit.disabled():
+        assert torch.equal(logits(lm.model, ids), clean)
+
+
+def test_parameter_counts(made):
+    # by hand for d 16, m 24, four layers, two query heads of size 8 with one key-value head, in Gemma 2 with its four norms
+    expected = {
+        "neurons": 4 * 3 * 24,
+        "heads": 3 * 2 * 8 * 16,
+        "mlps": 2 * 3 * 16 * 24,
+        "lora": 2 * 2 * ((16 + 16) * 2 + (16 + 8) * 2 + 3 * (16 + 24)),
+        "full": 4 * (3 * 16 * 24 + 2 * 16 * 16 + 2 * 8 * 16 + 4 * 16),
+        "steering": 0,
+    }
+    assert {kind: sum(p.numel() for p in made(kind)[1].trainable()) for kind in expected} == expected
 
 
 def test_a_tuner_refuses_what_does_not_learn(made, quiet, make_batch):

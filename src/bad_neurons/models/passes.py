@@ -229,10 +229,10 @@ def visit_points(view: DecoderView, rows: Rows, points: Mapping[int, nn.Module],
 
         return seen
 
+    frame = open_frame(view, rows)  # before the hooks, which would see the layers' stand-ins
     handles = [module.register_forward_hook(hook(layer)) for layer, module in points.items()]
     try:
         with torch.no_grad():
-            frame = open_frame(view, rows)
             run_layers(view, frame, frame.embedded, last=last + 1)
     except _Stop:
         pass

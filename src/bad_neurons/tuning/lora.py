@@ -57,10 +57,10 @@ class LoraEdit:
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules=exactly)
             self._peft = LoraModel(view.model, config, _ADAPTER)
         self._maps = {name: view.model.get_submodule(paths[linear]) for name, linear in linears.items()}
-        frozen = {
-            delta_name(layer, name): Reads(layer, linears[delta_name(layer, name)], None) for layer in sorted(layers) for name in matrices
-        }
-        self._reads = {parameter: frozen[name.removesuffix(".A")] for name, parameter in self._parameters().items() if name.endswith(".A")}
+        for module in self._maps.values():  # LoraModel makes them in the map's own dtype
+            module.lora_A.float(), module.lora_B.float()  # type: ignore[operator, union-attr]
+        parameters = self._parameters()
+        self._reads = {parameters[f"{name}.A"]: Reads(int(name.split(".")[1]), linear, None) for name, linear in linears.items()}
         self._dial = Dial()
         self.first_layer = min(layers)
         self.digest = digest_json(["lora", rank, sorted(linears)])

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from bad_neurons.artifacts import digest_json
-from bad_neurons.batching import batches_by_length, pack, prefix_tree
 from bad_neurons.data.records import Record
 from bad_neurons.errors import UserError
-from bad_neurons.models.passes import open_frame, run_layers
+from bad_neurons.models.answer_means import answer_means
 from bad_neurons.models.prompts import tokenize
 from bad_neurons.models.view import DecoderView
 from bad_neurons.tuning.dial import Dial
@@ -99,7 +98,7 @@ class Steering(nn.Module):
 def steering_vectors(
     view: DecoderView, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], layers: Sequence[int], max_tokens: int = 2048
 ) -> dict[int, Tensor]:
-    """v_l [d], float32, of each layer: mean over records of disagreeing minus agreeing, behind the layer, so that adding it corrects.
+    """v_l [d], float32 on the CPU, of each layer: mean over records of disagreeing minus agreeing, so that adding it corrects.
 
     Records whose person is right are left out: there agreeing is honest.
 
@@ -117,21 +116,7 @@ def steering_vectors(
     view.check_layers(wanted, "layers of steering")
     if not kept:
         raise UserError("steering: the person is right in every record; expected some who are wrong, or opinions")
-    ids = [[tokenize(tokenizer, record.prompt, answer) for answer in record.scored] for record in kept]
-    trees = [prefix_tree([t.prompt + t.answer for t in pair]) for pair in ids]
-    sums = {layer: torch.zeros(view.d_model, device=view.device) for layer in wanted}
-    for batch in batches_by_length([len(tree.ids) for tree in trees], max_tokens):
-        packed = pack([trees[i] for i in batch])
-        places = [
-            [start + node for node in path[len(t.prompt) :]]
-            for i, start in zip(batch, packed.starts, strict=True)
-            for path, t in zip(trees[i].paths, ids[i], strict=True)
-        ]  # agreeing, disagreeing, agreeing, ...
-        with torch.no_grad():
-            frame, done = open_frame(view, packed.rows.to(view.device)), 0
-            hidden = frame.embedded
-            for layer in wanted:
-                hidden, done = run_layers(view, frame, hidden, done, layer + 1), layer + 1
-                means = torch.stack([hidden.flatten(0, 1)[at].float().mean(0) for at in places])
-                sums[layer] += (means[1::2] - means[0::2]).sum(0)
-    return {layer: total / len(kept) for layer, total in sums.items()}
+    ids = [tokenize(tokenizer, record.prompt, answer) for record in kept for answer in record.scored]
+    behind = {layer: view.layers[layer].layer for layer in wanted}
+    means = answer_means(view, ids, behind, inputs=False, max_tokens=max_tokens, what="steering")
+    return {layer: (of[1::2] - of[0::2]).mean(0) for layer, of in means.items()}

@@ -9,7 +9,8 @@ from bad_neurons.data.records import Record
 from bad_neurons.errors import UserError
 from bad_neurons.models.prompts import tokenize
 from bad_neurons.models.view import view_decoder
-from bad_neurons.selection.ways.heads import head_effects, head_scores
+from bad_neurons.selection.ways import Material, scores_of
+from bad_neurons.selection.ways.heads import head_effects
 
 
 def turn(text):
@@ -77,31 +78,32 @@ def patched_effects(model, tokenizer, record, share):
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "llama", "qwen3"], indirect=True)
 def test_a_small_patch_of_a_head_does_what_its_effect_says(tiny, family):
     lm = tiny(family)
-    lm.model.double()
+    lm.model.double()  # but softmax and norms are float32 whatever the model is, so the patch must not be too small
     with torch.no_grad():
-        expected = torch.stack([patched_effects(lm.model, lm.tokenizer, record, 1e-4) for record in RECORDS]).mean(0)
+        expected = torch.stack([patched_effects(lm.model, lm.tokenizer, record, 1e-2) for record in RECORDS]).mean(0)
     lm = tiny(family)
     found = head_effects(view_decoder(lm.model), lm.tokenizer, [*RECORDS, WITHOUT], [0, 1, 2, 3])
     assert expected[1:].abs().min() > 1e-3
     if family.startswith("gemma"):  # whose lowest layer sees eight tokens, which end all of these prompts
-        assert not expected[0].any()
+        assert expected[0].abs().max() < 1e-4
     assert expected.min() < 0 < expected.max()
     for layer in range(4):
-        torch.testing.assert_close(found[layer].double(), expected[layer], rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(found[layer].double(), expected[layer], rtol=1e-3, atol=3e-4)
     assert not any(m._forward_pre_hooks for m in lm.model.modules())
     assert not any(p.requires_grad for p in lm.model.parameters())
 
 
 def test_scores(tiny):
     lm = tiny()
-    view = view_decoder(lm.model)
-    effects, scores = (f(view, lm.tokenizer, RECORDS, [3, 1]) for f in (head_effects, head_scores))
+    effects = head_effects(view_decoder(lm.model), lm.tokenizer, RECORDS, [3, 1])
+    material = Material(lm, layers=[3, 1], axis="heads", records=RECORDS, max_tokens=1)  # one record a batch
+    scores = scores_of(material, "heads")
     assert sorted(scores) == [1, 3]
-    assert all(torch.equal(scores[layer], effects[layer].abs()) for layer in scores)
     assert {(tuple(s.shape), s.dtype, s.device.type) for s in scores.values()} == {((2,), torch.float32, "cpu")}
-    small = head_effects(view, lm.tokenizer, RECORDS, [1, 3], max_tokens=1)  # one record a batch
     for layer, value in effects.items():
-        torch.testing.assert_close(small[layer], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(scores[layer], value.abs(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="--way heads: scores attention heads, not units of the axis residual"):
+        scores_of(Material(lm, layers=[1], records=RECORDS), "heads")
 
 
 def test_a_prompt_without_the_person_has_no_effect(tiny):
@@ -114,6 +116,6 @@ def test_a_prompt_without_the_person_has_no_effect(tiny):
 def test_records_need_a_neutral_prompt(tiny):
     lm = tiny()
     with pytest.raises(UserError, match="way heads: no record has a neutral prompt"):
-        head_scores(view_decoder(lm.model), lm.tokenizer, [WITHOUT], [0])
+        head_effects(view_decoder(lm.model), lm.tokenizer, [WITHOUT], [0])
     with pytest.raises(UserError, match=r"--layers: \[4\]"):
-        head_scores(view_decoder(lm.model), lm.tokenizer, RECORDS, [4])
+        head_effects(view_decoder(lm.model), lm.tokenizer, RECORDS, [4])

@@ -11,18 +11,16 @@ disagreeing position of record r,
 What a unit writes (the norm of its column of ``down_proj``) does not enter, as it does not there. A unit of several numbers
 (an attention head) has the norm of the mean over the root of the summed variances.
 
-Legend: A answers of a batch, n numbers that are read of a layer.
+Legend: n numbers that are read of a layer.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from bad_neurons.batching import shared_batches
 from bad_neurons.errors import UserError
-from bad_neurons.models.passes import visit_points
+from bad_neurons.models.answer_means import answer_means
 from bad_neurons.models.prompts import tokenize
 from bad_neurons.selection.ways.material import Material
 
@@ -45,19 +43,7 @@ def _means(material: Material) -> dict[int, Tensor]:
     """Mean activation [2 * records, n] over the words of each position of each record, agreeing first."""
     ids = [tokenize(material.lm.tokenizer, r.prompt, answer) for r in material.records for answer in r.scored]
     points, inputs = _points(material)
-    found = {layer: torch.empty(0) for layer in points}
-
-    def visit(layer: int, taken: Tensor, given: Tensor) -> None:
-        values = (taken if inputs else given).flatten(0, 1).float()
-        means = torch.stack([values[places].mean(0) for places in asked]).cpu()
-        if not len(found[layer]):
-            found[layer] = torch.empty(len(ids), means.shape[1])
-        found[layer][batch.numbers] = means
-
-    for batch in tqdm(shared_batches([t.prompt + t.answer for t in ids], material.max_tokens), desc="contrast", unit="batch", leave=False):
-        asked = [path[len(ids[number].prompt) :] for number, path in zip(batch.numbers, batch.paths, strict=True)]
-        visit_points(material.view, batch.rows.to(material.view.device), points, visit)
-    return found
+    return answer_means(material.view, ids, points, inputs=inputs, max_tokens=material.max_tokens, what="contrast")
 
 
 def _points(material: Material) -> tuple[dict[int, nn.Module], bool]:
