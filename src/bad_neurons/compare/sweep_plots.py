@@ -1,0 +1,65 @@
+"""Plots of a sweep, as matplotlib figures without pyplot's global state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.trial import FrozenTrial
+
+from bad_neurons.compare.sweep import within
+
+_INSIDE, _OUTSIDE = "#0072B2", "#D55E00"  # of Okabe and Ito's palette
+_COLUMNS, _PANEL = 3, (2.9, 2.6)  # inches
+
+
+def plot_sweep(
+    trials: Sequence[FrozenTrial], space: Mapping[str, BaseDistribution], bounds: Mapping[str, float], best: FrozenTrial | None
+) -> Figure:
+    """Remaining shift of each trial against each bounded measure and against each option; the best one in a ring.
+
+    Trials within the bounds are blue dots, the others vermilion crosses. What is not a finite number is left out.
+
+    Args:
+        trials: the measured ones.
+        space: what each option may be.
+        bounds: the most that a measure may be.
+        best: the best trial within the bounds, or None.
+    """
+    shown = [t for t in trials if math.isfinite(t.value or 0.0)]
+    count = len(bounds) + len(space)
+    columns = min(_COLUMNS, count)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(columns * _PANEL[0], rows * _PANEL[1]), layout="constrained")
+    panels = [ax for line in figure.subplots(rows, columns, squeeze=False, sharey=True) for ax in line]
+    for ax, (name, bound) in zip(panels, bounds.items(), strict=False):
+        _panel(ax, shown, [t.user_attrs["measures"][name] for t in shown], best)
+        ax.axvline(bound, color="black", linewidth=1, linestyle="--")
+        ax.set_xlabel(f"{name} (bound {bound:g})")
+    for ax, (name, values) in zip(panels[len(bounds) :], space.items(), strict=False):
+        chosen = [t.params[name] for t in shown]
+        _panel(ax, shown, [str(v) for v in chosen] if isinstance(values, CategoricalDistribution) else chosen, best)
+        if getattr(values, "log", False):
+            ax.set_xscale("log")
+        ax.set_xlabel(name)
+    for ax in panels[count:]:
+        ax.set_axis_off()
+    for ax in panels[::columns]:
+        ax.set_ylabel("remaining shift (nats)")
+        ax.set_ylim(bottom=0)
+    return figure
+
+
+def _panel(ax: Axes, trials: Sequence[FrozenTrial], x: Sequence[float | str], best: FrozenTrial | None) -> None:
+    for inside, marker, colour in ((True, "o", _INSIDE), (False, "x", _OUTSIDE)):
+        at = [i for i, trial in enumerate(trials) if within(trial) is inside]
+        if at:
+            ax.plot([x[i] for i in at], [trials[i].value for i in at], marker, color=colour, markersize=4)
+    ring = [i for i, trial in enumerate(trials) if best is not None and trial.number == best.number]
+    ax.plot([x[i] for i in ring], [trials[i].value for i in ring], "o", color="black", markersize=11, fillstyle="none")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+    ax.set_axisbelow(True)
