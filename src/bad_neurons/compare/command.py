@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Options of the section `compare`, with their defaults; those of the first line go to the Setting as they are.
+_MEASURED = ("side", "max_items", "text", "max_paragraphs", "dtype")
+_PLAN: dict[str, Any] = {"seeds": [0], "examples": [0], "strengths": [0.5, 1.0]}
+_TABLES: dict[str, Any] = {"reference": "random", "kl_levels": [0.002, 0.005, 0.01, 0.02], "kl_bound": 0.01}
 _PREPARED = ("sae", "layers", "probe", "probe-residual")  # stages of a run that methods read from
 _GIB_A_PROCESS = 4
 
@@ -64,22 +68,22 @@ def compare(config_path: Path, out: str | None = None, processes: int = 0, only:
     Raises:
         UserError: a bad configuration, or cells that failed; the others are kept.
     """
+    if processes < 0:
+        raise UserError(f"--processes {processes}: 0 or more")
     config = read_run_config(config_path, ("compare", "methods"))
     folder = Path(out or config["out"])
     methods = methods_of(config, str(config_path))
+    own = options_of(config, methods, str(config_path))
     if unknown := sorted(set(only or ()) - set(methods)):
         raise UserError(f"--only {unknown[0]}: no such method; there are {', '.join(methods)}")
     with written_aside(folder / "config.yaml") as aside:
         aside.write_text(config_path.read_text(encoding="utf-8"), encoding="utf-8")
     _prepare(config, folder, methods)
-    own = config.get("compare") or {}
     setting = setting_of(config, folder)
-    chosen = {name: method for name, method in methods.items() if name in (only or methods)}
-    cells = list(cells_of(chosen, own.get("seeds", [0]), own.get("examples", [0]), own.get("strengths", [1.0])))
+    every = list(cells_of(methods, *(own[name] for name in _PLAN)))
+    cells = [cell for cell in every if cell.method in (only or methods)]
     failed = run_cells(setting, cells, folder / "cells", processes)
-    write_results(
-        folder, config, setting, list(cells_of(methods, own.get("seeds", [0]), own.get("examples", [0]), own.get("strengths", [1.0])))
-    )
+    write_results(folder, own, setting, every)
     if failed:
         raise UserError(f"{len(failed)} of {len(cells)} cells failed, the others are kept; the first: {failed[0]}")
     return folder
@@ -103,13 +107,31 @@ def methods_of(config: Config, where: str) -> dict[str, Options]:
     return {name: merged(shared, method) for name, method in methods.items()}
 
 
+def options_of(config: Config, methods: Mapping[str, Options], where: str) -> Options:
+    """The section ``compare``, complete.
+
+    Raises:
+        UserError: an unknown option, a list that is none, or a reference that is no method.
+    """
+    own = {**_PLAN, **_TABLES, **(config.get("compare") or {})}
+    known = (*_PLAN, *_TABLES, "suites", *_MEASURED)
+    if unknown := sorted(set(own) - set(known)):
+        raise UserError(f"{where}: compare.{unknown[0]}: no such option; expected {', '.join(known)}")
+    for name in (*_PLAN, "kl_levels"):
+        if not isinstance(own[name], list) or not own[name] or not all(isinstance(value, int | float) for value in own[name]):
+            raise UserError(f"{where}: compare.{name} {own[name]!r}: expected a list of numbers, such as {(_PLAN | _TABLES)[name]}")
+    if own["reference"] not in methods:
+        raise UserError(f"{where}: compare.reference {own['reference']!r}: no such method; there are {', '.join(methods)}")
+    return own
+
+
 def setting_of(config: Config, folder: Path) -> Setting:
     """What all cells share, from a configuration whose preparing stages are done."""
     own, records = config.get("compare") or {}, str(config.get("records", "embedded"))
     split = {name: config[name] for name in ("validation", "test", "split_seed") if name in config}
     sae = config["sae"] if isinstance(config.get("sae"), str) else str(folder / "sae")
     probe = folder / "probe" / "probe.safetensors"
-    measured = {name: own[name] for name in ("side", "max_items", "text", "max_paragraphs", "dtype") if name in own}
+    measured = {name: own[name] for name in _MEASURED if name in own}
     return Setting(
         model=str(config["model"]), layers=tuple(chosen_layers(config, folder)), records=records,
         suites=tuple(own.get("suites", sources_of(records))), **split, **measured,
@@ -260,20 +282,21 @@ def _right(suites: Mapping[str, list[Any]]) -> list[bool]:
     return [one for one in found if one is not None]
 
 
-def write_results(folder: Path, config: Config, setting: Setting, cells: Sequence[Cell]) -> None:
-    """Tables, plots and a summary of the cells that are done."""
+def write_results(folder: Path, own: Options, setting: Setting, cells: Sequence[Cell]) -> None:
+    """Tables, plots and a summary of the cells that are done; ``own`` is the section ``compare``."""
     from rich.console import Console
 
     from bad_neurons.compare.plots import write_plots
     from bad_neurons.compare.tables import make_tables
     from bad_neurons.compare.text import page, summary_table
 
-    own = config.get("compare") or {}
     rows, items = tables_of(results_of(setting, cells, folder / "cells"), setting.records)
     if rows.empty:
         raise UserError(f"{folder}: no cell is done, so there is nothing to compare")
-    levels = own.get("kl_levels", [0.002, 0.005, 0.01, 0.02])
-    tables = make_tables(items, rows, own.get("reference", "random"), levels, own.get("kl_bound", 0.01))
+    if own["reference"] not in set(rows["method"]):
+        log.info("no cell of the reference %s is done yet, so there are no tables", own["reference"])
+        return
+    tables = make_tables(items, rows, own["reference"], own["kl_levels"], own["kl_bound"])
     tables.write(folder)
     write_plots(tables, folder / "plots")
     with written_aside(folder / "compare.md") as aside:
