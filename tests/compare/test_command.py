@@ -40,7 +40,7 @@ def config(tmp_path):
         }
         select = {"axis": "intermediate", "rule": "top_fraction", "amount": 0.1}
         path = tiny_run_config(tmp_path / "tiny", select=select, tune=TUNE, methods=METHODS, compare=own)
-        values = yaml.safe_load(path.read_text()) | {"out": str(tmp_path / "compared")}
+        values = yaml.safe_load(path.read_text()) | {"out": str(tmp_path / "compared"), "methods": METHODS}
         path.write_text(yaml.safe_dump({**values, **changes}, sort_keys=False))
         return path
 
