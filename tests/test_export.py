@@ -48,7 +48,7 @@ def delta(tiny, choose, tmp_path):
     return written
 
 
-@pytest.mark.parametrize(("family", "axis"), [("gemma2", "intermediate"), ("llama", "residual")])
+@pytest.mark.parametrize(("family", "axis"), [("gemma2", "intermediate"), ("llama", "residual"), ("gemma3", "heads")])
 def test_the_folder_needs_transformers_alone_and_gives_the_live_logits(tiny, tiny_folder, delta, tmp_path, family, axis):
     path = delta(family, axis)
     out = export(tiny_folder(family), path, str(tmp_path / "exported"))
@@ -95,6 +95,14 @@ def test_the_card_says_what_was_changed(tiny, tiny_folder, delta, tmp_path):
     assert "| 1 | 3 |\n| 3 | 1 |\n" in card
     assert f"SHA-256 `{digest_path(path)}`" in card
     assert f"fingerprint `{tiny().digest}`" in card
+
+
+def test_the_card_of_attention_heads(tiny_folder, delta, tmp_path):
+    card = (export(tiny_folder(), delta(axis="heads"), str(tmp_path / "exported")) / "README.md").read_text(encoding="utf-8")
+    # Both heads of layer 1 and one of layer 3, of 4 layers with 2 each.
+    assert f"# {tiny_folder()}, 3 attention heads retrained" in card
+    assert "of the base model's attention heads, 3\n(37.50 % of the 4 layers searched; axis `heads`" in card
+    assert "| layer | attention heads changed |\n| --- | --- |\n| 1 | 2 |\n| 3 | 1 |\n" in card
 
 
 def test_dtype_is_that_of_the_saved_weights_and_the_merge_is_not_rounded_twice(tiny_folder, delta, tmp_path):

@@ -53,6 +53,10 @@ def test_sizes(family):
     assert (view.backbone, view.final_norm, view.head) == (view.model.model, view.model.model.norm, view.model.lm_head)
     for part in view.layers:
         assert [tuple(part.matrix(name).weight.shape) for name in ("gate_proj", "up_proj", "down_proj")] == [(24, 16), (24, 16), (16, 24)]
+        assert [part.matrix(name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")] == [
+            getattr(part.layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+        ]
+    assert view.head_dim == 8
 
 
 def test_sae_point_is_where_the_mlp_enters_the_residual_stream(family):

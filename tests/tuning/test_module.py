@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from bad_neurons.callbacks import GradientMask
+from jsonargparse import ArgumentParser
 from torch import nn
 from torch.nn.functional import kl_div, log_softmax
 
 from bad_neurons.errors import UserError
 from bad_neurons.models.view import view_decoder
 from bad_neurons.selection.axes import PARTS
+from bad_neurons.tuning.module import NeuronTuner
 
 CHOSEN = {1: [0, 5, 15], 3: [2]}
 LENGTHS = ([(5, 4), (9, 2), (7, 7)], [(12, 3), (3, 1), (6, 6)], [(4, 9), (10, 5)], [(8, 2), (8, 1), (2, 2), (5, 5)])
@@ -273,6 +275,24 @@ def test_the_rate(tuner):
 def test_negative_options_are_refused(tuner, name, value):
     with pytest.raises(UserError, match=f"--model.{name} {value}: at least 0"):
         tuner(**{name: value})
+
+
+def test_a_loaded_model_is_no_option_of_the_command_line():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(NeuronTuner, "model")
+    names = set(parser.get_defaults().model.keys())
+    assert {"model", "lr", "cache_folder"} <= names
+    assert not any("loaded" in name for name in names)
+
+
+def test_a_tuner_of_a_loaded_model_is_that_of_its_folder(tuner, tiny, choose, make_batch):
+    lm, batch = tiny(), make_batch(LENGTHS[0], [11])
+    mine, theirs = NeuronTuner.of(lm, alpha=0.5, beta=0.1), tuner(alpha=0.5, beta=0.1)
+    assert (mine.lm, mine.model_id, mine.model_digest) == (lm.model, lm.id, theirs.model_digest)
+    for module in (mine, theirs):
+        module.attach_neurons(choose(lm))
+    assert [s.item() for s in mine.losses(batch)] == [s.item() for s in theirs.losses(batch)]
+    assert mine.clean_cache.origin == theirs.clean_cache.origin
 
 
 def test_what_the_mask_refuses(tuner, neurons, fit, batches, tiny, choose):
