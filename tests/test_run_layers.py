@@ -15,6 +15,7 @@ from bad_neurons.run_layers import LayerChoice, check_layers, share_of_layers
 from helpers import tiny_run_config
 
 BEHIND = ["probe", "probe-residual", "selection", "tuning", "evaluation"]
+COMPARED = [*BEHIND[:2], "probes", *BEHIND[2:]]
 
 
 def choice(value, folder=Path("nowhere"), model="nobody/nothing", pretrained=False, sae_layers=None):
@@ -141,6 +142,18 @@ def test_order_and_layers_of_the_stages(tmp_path):
         assert made["probe"].config["data"]["layers"] == made["probe-residual"].config["data"]["layers"] == [1, 2]
 
 
+def test_probes_are_compared_where_their_section_is(tmp_path):
+    assert "probes" not in stages(tmp_path / "a")
+    compared = stages(tmp_path / "b", probes=None)["probes"]
+    run = tmp_path / "b" / "run"
+    assert compared.config == {
+        "model": str(tmp_path / "b" / "model"), "layers": [1, 3], "sae": str(run / "sae"), "records": str(tmp_path / "b" / "records.jsonl"),
+        "validation": 0.2, "test": 0.2, "split_seed": 0, "folder": str(run / "probes" / "features"), "out": str(run / "probes"),
+    }  # fmt: skip
+    assert compared.inputs == (tmp_path / "b" / "records.jsonl", run / "sae" / "layer-1", run / "sae" / "layer-3")
+    assert stages(tmp_path / "c", probes={"splits": 3, "l2": [0.1]})["probes"].config.items() >= {"splits": 3, "l2": [0.1]}.items()
+
+
 def test_a_section_that_is_no_mapping_is_refused_before_anything_runs(tmp_path):
     with pytest.raises(UserError, match=r"run.yaml: tune: expected the stage's options by name, not \['fast'\]"):
         read_run_config(tiny_run_config(tmp_path, tune=["fast"]))
@@ -150,7 +163,8 @@ def test_a_section_that_is_no_mapping_is_refused_before_anything_runs(tmp_path):
 def greedy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run whose layers are chosen by AUROC, which is 1 with one layer already, so the second is not taken."""
     folder = tmp_path_factory.mktemp("greedy")
-    assert main(["run", "--config", str(tiny_run_config(folder, layers={"greedy": {"budget": 2}}))]) == 0
+    config = tiny_run_config(folder, layers={"greedy": {"budget": 2}}, probes={"pools": ["max"]})
+    assert main(["run", "--config", str(config)]) == 0
     return folder
 
 
@@ -169,7 +183,8 @@ def test_only_what_reads_something_new_runs_again(greedy, caplog):
     """In turn: nothing changed; another budget and the same layers; a forced choice; other layers."""
     read = lambda file: json.loads((greedy / "run" / file).read_text())  # noqa: E731
     assert read("layers/layers.json")["chosen"] == [1]
-    assert list(read("results.json")["seconds"]) == ["layers", "sae", *BEHIND]
+    assert list(read("results.json")["seconds"]) == ["layers", "sae", *COMPARED]
+    assert read("probes/probes.json")["layers"] == [1]
     assert read("selection/neurons.json")["candidates"] == [1]
     assert [path.name for path in (greedy / "run" / "sae").glob("layer-*")] == ["layer-1"]
     assert again(greedy, caplog) == []
@@ -180,6 +195,7 @@ def test_only_what_reads_something_new_runs_again(greedy, caplog):
     assert (greedy / "run" / "report.html").stat().st_mtime_ns > before  # it shows the choice
     assert again(greedy, caplog, "--force", "layers") == ["layers"]
 
-    assert again(greedy, caplog, score="log_loss", budget=2) == ["layers", "sae", *BEHIND]
+    assert again(greedy, caplog, score="log_loss", budget=2) == ["layers", "sae", *COMPARED]
     assert read("layers/layers.json")["chosen"] == read("selection/neurons.json")["candidates"] == [0, 1]
+    assert read("probes/probes.json")["layers"] == [0, 1]
     assert again(greedy, caplog) == []

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from bad_neurons.errors import UserError
 from bad_neurons.models import packaged
-from bad_neurons.models.load import load_model, model_digest, resolve_device, resolve_dtype
+from bad_neurons.models.load import layer_count, load_model, model_digest, resolve_device, resolve_dtype
 from bad_neurons.models.packaged import PackagedModel, cache_root, packaged_folder
 from bad_neurons.testing import tiny_model, tiny_tokenizer
 
@@ -37,6 +37,19 @@ def test_a_folder_is_loaded_frozen(tiny_folder, family):
 def test_attention_is_eager_where_it_is_capped_and_on_a_processor(tiny_folder, monkeypatch, family, gpu, attention):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     assert load_model(tiny_folder(family), "float32", "cpu").model.config._attn_implementation == attention
+
+
+def test_layers_are_counted_without_the_weights(tiny_folder, family, tmp_path):
+    (tmp_path / "config.json").write_text((Path(tiny_folder(family)) / "config.json").read_text())
+    assert layer_count(str(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("config", [None, "{}", '{"model_type": "resnet"}'])
+def test_layers_of_what_is_no_decoder_are_not_counted(tmp_path, config):
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError, match="the folder does not hold a causal language model"):
+        layer_count(str(tmp_path))
 
 
 def test_a_model_that_the_hub_does_not_have():

@@ -134,6 +134,23 @@ def write_run(run: Path) -> Path:
     return run
 
 
+def compared() -> dict[str, Any]:
+    """The content of ``probes.json``: two layers, one pooling."""
+    sides = ("train", "in_domain", "validation", "test")
+
+    def row(values: tuple[float, ...], layers: list[int], **more: Any) -> dict[str, Any]:
+        scores = {side: {name: estimate(value, 0.01) for name in ("accuracy", "auroc")} for side, value in zip(sides, values, strict=True)}
+        return {**more, "pool": "max", "tokens": "answer", "layers": layers, "scores": scores}
+
+    kinds = {"sae": (0.99, 0.81, 0.75, 0.74), "residual": (0.98, 0.8, 0.76, 0.75)}
+    one_layer = (0.777, 0.777, 0.777, 0.777)
+    probes = [row(v, [5, 9], features=kind, l2=0.1) for kind, v in kinds.items()]
+    probes += [row(one_layer, [layer], features=kind, l2=0.01) for kind in kinds for layer in (5, 9)]
+    size = {"topics": 12, "records": 240, "answers": 376, "majority": 0.638}
+    differences = [row((0.01, 0.01, -0.01, -0.01), [5, 9]), row((0.0,) * 4, [5]), row((0.0,) * 4, [9])]
+    return {"layers": [5, 9], "sizes": [dict.fromkeys(sides, size)], "probes": probes, "differences": differences}
+
+
 def answer(number: int) -> dict[str, Any]:
     hostile = f"{SCRIPT} " if number == 3 else ""
     return {
@@ -178,6 +195,11 @@ class Page(HTMLParser):
         return [str(attributes["id"]) for tag, attributes in self.tags if tag == "section"]
 
 
+def words(path: Path) -> str:
+    """What stands on the page, with one space between cells."""
+    return " ".join(re.sub("<[^>]+>", " ", path.read_text(encoding="utf-8")).replace("&nbsp;", " ").split())
+
+
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of a complete run; its folder is for reading only."""
@@ -197,6 +219,42 @@ def test_full_run_has_every_section_in_order(full):
     assert [a["src"].split(",")[0] for t, a in page.tags if t == "img"] == [
         f"data:image/{kind};base64" for kind in ("svg+xml", "png", "svg+xml", "svg+xml")
     ]
+
+
+def test_choice_of_layers_is_shown_where_there_is_one(run):
+    scores = lambda auroc: {"auroc": auroc, "accuracy": auroc - 0.2, "log_loss": 1.5 - auroc}  # noqa: E731
+    steps = [(9, 0.81236, True), (4, 0.84561, True), (17, 0.8449, False)]
+    curve = [{"layer": layer, "taken": taken, **scores(value)} for layer, value, taken in steps]
+    content = {
+        "features": "residual", "candidates": list(range(18)), "order": [9, 4], "chosen": [4, 9], "options": {"score": "auroc"},
+        "examples": {"train": 1208, "validation": 376}, "curve": curve,
+        "without_layers": scores(0.5), "all_candidates": scores(0.79),
+    }  # fmt: skip
+    write_json(run / "layers" / "layers.json", content)
+    page = Page(write_report(run))
+    assert page.ids() == [*SECTIONS[:4], "layers", *SECTIONS[4:]]
+    assert "#layers" in [attributes.get("href") for tag, attributes in page.tags if tag == "a"]
+    for shown in (
+        "376 answers; 1,208 for training", "0 0.5000 30.0 % 1.0000", "1 layer 9 0.8124 61.2 % 0.6876", "2 layer 4 0.8456 64.6 %",
+        "3 layer 17, no better: not taken 0.8449", "18 all candidates 0.7900 59.0 % 0.7100", "The choice went by AUROC.",
+    ):  # fmt: skip
+        assert shown in words(run / "report.html"), shown
+
+
+def test_compared_probes_are_shown_where_there_are_some(run):
+    write_json(run / "probes" / "probes.json", compared())
+    page = Page(write_report(run))
+    assert page.ids() == SECTIONS
+    text = words(run / "report.html")
+    for shown in (
+        "All layers Measure Training In domain Unseen, validation Unseen, test",
+        "SAE features max over the answer, l2 0.1 Accuracy 99.0 % [98.0, 100.0] 81.0 % [80.0, 82.0]",
+        "SAE minus residual max over the answer Accuracy 1.0 % [0.0, 2.0] 1.0 % [0.0, 2.0] −1.0 % [−2.0, 0.0]",
+        "Unseen, test 376 answers to 240 records of 12 topics; always naming the commoner label is right in 63.8 %.",
+    ):
+        assert shown in text, shown
+    assert "means over" not in text
+    assert "77.7 %" not in text  # of one layer alone: those are in the plot and in probes.csv
 
 
 def test_headline_names_shift_neurons_and_kl(full):
