@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bad_neurons.batching import batches_by_length, common_prefix, group_by_prefix, pack, pack_sequences, prefix_tree
+from bad_neurons.batching import batches_by_length, common_prefix, group_by_prefix, pack, pack_sequences, prefix_tree, shared_batches
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=6)
 
@@ -97,3 +97,22 @@ def test_batches_by_length():
     assert batches_by_length([3, 9, 4, 9, 1], max_tokens=12) == [[1], [3], [2, 0, 4]]  # 9, 9, then 3 rows of 4
     assert batches_by_length([3, 9, 4, 9, 1], max_tokens=18) == [[1, 3], [2, 0, 4]]
     assert batches_by_length([30], max_tokens=12) == [[0]]
+
+
+@given(SEQUENCES, st.sampled_from([4, 12, 100]))
+@settings(deadline=None, max_examples=50)
+def test_shared_batches_hold_every_sequence_once(sequences, max_tokens):
+    found = {}
+    for numbers, paths, rows in shared_batches(sequences, max_tokens):
+        ids, positions = rows.input_ids.flatten(), rows.positions.flatten()
+        assert rows.input_ids.numel() <= max_tokens or len(rows.input_ids) == 1
+        for number, path in zip(numbers, paths, strict=True):
+            assert number not in found
+            found[number] = ids[path].tolist()
+            assert positions[path].tolist() == list(range(len(path)))
+    assert [found[number] for number in range(len(sequences))] == sequences
+
+
+def test_places_that_another_token_follows():
+    rows = pack_sequences([[5, 6, 7], [8], [9, 4]])
+    assert rows.followed().tolist() == [0, 1, 6]

@@ -173,6 +173,23 @@ def test_pretrained_saes_need_no_sae_stage(finished):
     assert stages["probe"]().config["data"]["sae"] == config["sae"]
 
 
+def test_only_the_way_probe_selects_by_the_probe(finished):
+    config = read_run_config(finished / "run.yaml") | {"seed": 5}
+    folder, records = Path("somewhere"), Path(config["records"])
+    probes = [folder / name / "probe.safetensors" for name in ("probe", "probe-residual")]
+    like = Path("other/neurons.json")
+    for section, inputs in (
+        ({"way": "probe"}, probes),
+        ({"way": "gradient"}, [*probes, records]),  # whose layers are the candidates
+        ({"way": "gradient", "layers": [2]}, [records]),
+        ({"way": "random", "layers": [2], "rule": "same_counts", "like": str(like)}, [records, like]),
+    ):
+        stage = plan({**config, "select": section}, folder)["selection"]()
+        assert list(stage.inputs) == inputs, section
+        assert {**stage.config, **section} == stage.config
+        assert (stage.config["records"], stage.config["seed"], stage.config["test"]) == (config["records"], 5, 0.2)
+
+
 def copy_of(finished: Path, tmp_path: Path) -> Path:
     """A copy of a finished run whose configuration still names the first one's model and records, but its own folder."""
     folder = tmp_path / "copy"

@@ -13,6 +13,7 @@ from bad_neurons.models.prompts import tokenize
 
 LAYERS = [1, 3]
 MATRICES = ("gate_proj", "up_proj", "down_proj")
+UNITS = {"residual": 16, "intermediate": 24, "heads": 2}
 
 
 def said(text: str) -> tuple[dict[str, str], ...]:
@@ -31,12 +32,13 @@ TEXTS = ["Some words about nothing.", "Other words.", "A third one, of another l
 
 
 def trainable(lm: LanguageModel) -> dict[tuple[int, str], nn.Parameter]:
-    """The MLP weights of the candidate layers by layer and matrix, found by their names, with gradients from now on."""
+    """Weights of the candidate layers of which some unit owns a part, by layer and matrix, with gradients from now on."""
     named = dict(lm.model.named_parameters())
     found = {
-        (layer, matrix): next(p for name, p in named.items() if f"layers.{layer}.mlp.{matrix}" in name)
+        (layer, matrix): next(p for name, p in named.items() if name.endswith(f"layers.{layer}.{block}.{matrix}.weight"))
         for layer in LAYERS
-        for matrix in MATRICES
+        for block, matrices in (("mlp", MATRICES), ("self_attn", ("q_proj", "o_proj")))
+        for matrix in matrices
     }
     for p in found.values():
         p.requires_grad_(True)
@@ -57,10 +59,14 @@ def log_prob(lm: LanguageModel, turns: Any, answer: str) -> Tensor:
 
 
 def owned(values: dict[tuple[int, str], Tensor], axis: str, layer: int, unit: int) -> Tensor:
-    """What a unit owns of the values [out, in] of a layer's three matrices, side by side (DESIGN step 5)."""
-    gate, up, down = (values[layer, matrix] for matrix in MATRICES)
-    parts = [gate[:, unit], up[:, unit], down[unit]] if axis == "residual" else [gate[unit], up[unit], down[:, unit]]
-    return torch.cat(parts)
+    """What a unit owns of the values [out, in] of a layer's matrices, side by side (DESIGN step 5; heads have 8 rows each)."""
+    if axis == "heads":
+        span = slice(8 * unit, 8 * unit + 8)
+        parts = [values[layer, "q_proj"][span], values[layer, "o_proj"][:, span]]
+    else:
+        gate, up, down = (values[layer, matrix] for matrix in MATRICES)
+        parts = [gate[:, unit], up[:, unit], down[unit]] if axis == "residual" else [gate[unit], up[unit], down[:, unit]]
+    return torch.cat([part.flatten() for part in parts])
 
 
 def untouched(lm: LanguageModel) -> bool:

@@ -84,3 +84,22 @@ def test_bfloat16_logits_are_rounded_once():
     logits = Logits(view, hidden)
     assert logits.raw.dtype == torch.bfloat16
     torch.testing.assert_close(logits.log_norm, linear(hidden).float().logsumexp(-1, keepdim=True), rtol=1e-6, atol=1e-6)
+
+
+def test_entries_are_drawn_where_the_summed_probability_passes(view, block):
+    hidden, u = torch.randn(R, D), torch.rand(R)
+    held = dense(view, hidden).softmax(-1).cumsum(-1)
+    expected = torch.searchsorted(held, u[:, None].double(), right=True).squeeze(1)
+    assert len(expected.unique()) > 2
+    assert torch.equal(Logits(view, hidden).drawn(u), expected)
+    ends = torch.tensor([0.0, 0.0, 1 - 2**-24, 0.5, 1 - 2**-24])  # the least and the most that torch.rand gives
+    drawn = Logits(view, hidden).drawn(ends)
+    assert drawn[:2].tolist() == [0, 0]
+    assert int(drawn.max()) < V
+
+
+def test_entries_are_drawn_as_often_as_they_are_likely(view):
+    hidden = torch.randn(1, D).repeat(4000, 1)
+    drawn = torch.cat([Logits(view, h).drawn(torch.rand(len(h))) for h in hidden.split(500)])
+    share, p = drawn.bincount(minlength=V) / len(drawn), dense(view, hidden[:1]).softmax(-1)[0]
+    assert ((share - p).abs() < 4.5 * (p * (1 - p) / len(drawn)).sqrt() + 1e-3).all()

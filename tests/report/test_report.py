@@ -321,6 +321,30 @@ def test_absent_file_leaves_one_sentence(run, file, command):
     assert re.findall(r"Not in this run: (.+?) writes (.+?)\. ", page.text + " ") == [(command, file)]
 
 
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ({"name": "top_p", "amount": 0.2, "seed": 0}, "top_p: smallest set of neurons that holds 20 % of the summed scores<"),
+        ({"name": "top_p", "amount": 0.2, "way": "probe"}, "20 % of the summed scores; scored by the probe&#39;s weights<"),
+        (
+            {"name": "all", "amount": 0, "way": "random", "seed": 4},
+            "every neuron of the candidate layers; scored by random numbers of seed 4<",
+        ),
+        (
+            {"name": "top_fraction", "amount": 0.031, "way": "fisher", "objective": "odds"},
+            "best 3.1 % of the neurons by score; scored by effect (odds) for side effect, weight by weight<",
+        ),
+    ],
+)
+def test_the_rule_says_how_neurons_were_scored(run, rule, said):
+    selection = json.loads((run / "selection" / "neurons.json").read_text())
+    write_json(run / "selection" / "neurons.json", {**selection, "rule": rule})
+    html = write_report(run).read_text(encoding="utf-8")
+    assert said in html.replace("\N{NO-BREAK SPACE}", " ")
+    # a plot of weights beside a choice that no probe made is left from an earlier one
+    assert ("Probe weights by rank" in html) == (rule.get("way", "probe") == "probe")
+
+
 def test_results_alone_make_a_report(tmp_path):
     write_json(tmp_path / "results.json", results())
     assert Page(write_report(tmp_path)).text.count("Not in this run") == 7

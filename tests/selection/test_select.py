@@ -9,10 +9,17 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from bad_neurons.data.splits import load_split
+from bad_neurons.data.text import load_paragraphs
+from bad_neurons.data.tuning import draw_evenly
 from bad_neurons.errors import UserError
+from bad_neurons.models.load import load_model
 from bad_neurons.probe.module import write_probe
+from bad_neurons.selection.neurons import write_neurons
 from bad_neurons.selection.select import select
+from bad_neurons.selection.ways import WAYS, Material, scores_of
 from bad_neurons.testing import save_tiny_saes
+from helpers import write_records
 
 LAYERS, D_SAE = [1, 3], 32
 
@@ -168,3 +175,70 @@ def test_saes_of_another_width_or_layer_are_refused(stage, tmp_path):
 def test_an_empty_choice_is_refused(stage, rule, amount, message):
     stage.write_probe()
     assert refusal(stage, rule=rule, amount=amount).startswith(message)
+
+
+@pytest.fixture
+def other_ways(stage, tmp_path):
+    """How to select from records of our own, without a probe or SAEs."""
+    records = write_records(tmp_path / "records.jsonl")
+    return lambda **options: stage.select(
+        **{"records": records, "max_records": 4, "max_texts": 3, "probe": "none", "sae": "none", **options}
+    )
+
+
+@pytest.mark.parametrize("way", sorted(set(WAYS) - {"probe", "heads"}))
+def test_ways_that_need_no_probe(stage, other_ways, plotted, way):
+    found = other_ways(way=way, layers=[2, 1], axis="intermediate", rule="top_fraction", amount=0.125, objective="neutral", seed=7)
+    assert (found.candidates, found.count, found.size, found.axis) == ([1, 2], 6, 24, "intermediate")
+    said = {"way": way, "objective": "neutral", "damping": 0.01, "seed": 7}
+    assert found.rule == {"name": "top_fraction", "amount": 0.125, **said}
+    assert all(score >= 0 for scores in found.scores.values() for score in scores)
+    assert plotted == []
+    assert sorted(path.name for path in stage.out.iterdir()) == ["neurons.json"]
+
+
+def test_what_the_stage_gives_the_way(stage, other_ways, tmp_path):
+    found = other_ways(way="fisher", layers=[1, 3], rule="all", split_seed=3, seed=5, max_records=3, max_texts=2)
+    split = load_split(str(tmp_path / "records.jsonl"), 0.2, 0.2, 3)
+    lm = load_model(stage.model, "float32")
+    texts = load_paragraphs("python-docs", "retention", 5)[:2]
+    material = Material(lm, [1, 3], records=draw_evenly(split.train, 3, 5), texts=texts, seed=5)
+    scores = scores_of(material, "fisher")
+    assert {layer: scores[layer].tolist() for layer in (1, 3)} == found.scores
+
+
+def test_layers_are_the_probes_where_none_are_given(stage, other_ways):
+    stage.write_probe()
+    assert other_ways(way="random", probe=str(stage.probe)).candidates == LAYERS
+    assert other_ways(way="random", probe=str(stage.probe), layers=[0, 2]).candidates == [0, 2]
+    weights = stage.write_probe("residual", 16)
+    found = other_ways(way="probe", probe=str(stage.probe), layers=[3], rule="all")
+    assert found.layers == {3: list(range(16))}
+    np.testing.assert_allclose(found.scores[3], np.abs(weights[3]), rtol=1e-6)
+
+
+def test_as_many_of_each_layer_as_another_choice(stage, other_ways, tmp_path):
+    stage.write_probe()
+    first = stage.select(rule="top_p", amount=0.3, out=str(tmp_path / "out"))
+    like = str(tmp_path / "first.json")
+    write_neurons(like, first)
+    chosen = [other_ways(way="random", layers=LAYERS, rule="same_counts", like=like, seed=seed) for seed in (1, 1, 2)]
+    counts = {layer: len(indices) for layer, indices in first.layers.items()}
+    assert all({layer: len(indices) for layer, indices in c.layers.items()} == counts for c in chosen)
+    assert chosen[0].layers == chosen[1].layers != chosen[2].layers
+    assert chosen[0].rule["like"] == like
+
+
+def test_a_way_without_its_inputs_is_refused(stage, other_ways):
+    def said(**options):
+        with pytest.raises(UserError) as error:
+            other_ways(**options)
+        assert not stage.out.exists()
+        return str(error.value)
+
+    for way in ("probe", "random", "gradient"):
+        assert said(way=way) == "probe none: no such file; `bad-neurons probe fit` writes it, and ways other than probe need only --layers"
+    assert said(way="random", layers=[4]).startswith("--layers: [4]: this model has layers 0 to 3")
+    assert said(way="random", layers=[1], rule="same_counts").startswith("--like: rule same_counts copies the counts")
+    assert said(way="fisher", layers=[1], max_texts=0).startswith("--text: way fisher weighs side effects on unrelated text")
+    assert said(way="random", layers=[1], rule="top_fraction", amount=float("nan")).startswith("--amount nan: a share above 0")

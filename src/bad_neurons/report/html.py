@@ -22,6 +22,7 @@ from bad_neurons.report.probes import page_of_probes, plot_probes
 _AXES = {
     "residual": "residual (index i owns column i of gate_proj and up_proj and row i of down_proj)",
     "intermediate": "intermediate (index j owns row j of gate_proj and up_proj and column j of down_proj)",
+    "heads": "heads (query head h owns its rows of q_proj and its columns of o_proj)",
 }
 _RULES = {
     "top_p": "smallest set of neurons that holds {percent:.0f} % of the summed scores",
@@ -106,6 +107,7 @@ def _context(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     shifts = {name: sides for name, sides in suites.items() if _has_shift(sides)}
     config = (run / "config.yaml").read_text(encoding="utf-8", errors="replace") if (run / "config.yaml").is_file() else None
     selection = _object(run / "selection" / "neurons.json")
+    decoded = ((selection or {}).get("rule") or {}).get("way", "probe") == "probe"  # else a plot of weights is of an earlier choice
     curves = _curves(run / "tuning" / "metrics.csv")
     choice, compared = _object(run / "layers" / "layers.json"), _object(run / "probes" / "probes.json")
     figures = {
@@ -132,7 +134,8 @@ def _context(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
         "scores": plots.SCORES,
         "probes": _probes(run),
         "compared": page_of_probes(compared) if compared else None,
-        "weights_plot": _png(run / "selection" / "weights.png"),
+        "weights_plot": _png(run / "selection" / "weights.png") if decoded else None,
+        "decoded": decoded,
         **{f"{name}_plot": plots.data_uri(figure) if figure is not None else None for name, figure in figures.items()},
         "answers": _answers(run / "evaluation" / "answers.jsonl"),
         "seconds": results.get("seconds") or {},

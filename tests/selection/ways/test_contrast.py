@@ -10,16 +10,17 @@ from bad_neurons.errors import UserError
 from bad_neurons.models.prompts import tokenize
 from bad_neurons.selection.ways import scores_of
 from bad_neurons.selection.ways.contrast import _standardised
-from ways_by_hand import LAYERS, RECORDS, untouched
+from ways_by_hand import LAYERS, RECORDS, UNITS, untouched
 
 
 def activations(lm, layer, axis, turns, answer):
-    """Mean [d] or [m], float64, of a layer's units over an answer's tokens."""
+    """Mean, float64, of what is read of a layer over an answer's tokens: [d], [m] or [H * 8]."""
     ids = tokenize(lm.tokenizer, turns, answer)
-    name = "mlp.down_proj" if axis == "intermediate" else "mlp" if lm.model.config.model_type == "llama" else "post_feedforward_layernorm"
-    module = next(m for path, m in lm.model.named_modules() if path.endswith(f"layers.{layer}.{name}"))
+    gemma = lm.model.config.model_type != "llama"
+    names = {"residual": "post_feedforward_layernorm" if gemma else "mlp", "intermediate": "mlp.down_proj", "heads": "self_attn.o_proj"}
+    module = next(m for path, m in lm.model.named_modules() if path.endswith(f"layers.{layer}.{names[axis]}"))
     seen = []
-    handle = module.register_forward_hook(lambda _, args, output: seen.append(args[0] if axis == "intermediate" else output))
+    handle = module.register_forward_hook(lambda _, args, output: seen.append(output if axis == "residual" else args[0]))
     with torch.no_grad():
         lm.model(input_ids=torch.tensor([ids.prompt + ids.answer]))
     handle.remove()
@@ -27,7 +28,7 @@ def activations(lm, layer, axis, turns, answer):
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "llama"])
-@pytest.mark.parametrize("axis", ["residual", "intermediate"])
+@pytest.mark.parametrize("axis", UNITS)
 @pytest.mark.parametrize("max_tokens", [40, 2048])
 def test_scores(material, family, axis, max_tokens):
     given = material(family, axis=axis, max_tokens=max_tokens)
@@ -37,7 +38,8 @@ def test_scores(material, family, axis, max_tokens):
     for layer in LAYERS:
         sides = [[activations(given.lm, layer, axis, r.prompt, answer) for answer in r.scored] for r in RECORDS]
         differences = np.array([agreeing - disagreeing for agreeing, disagreeing in sides])
-        expected = np.abs(differences.mean(0)) / differences.std(0, ddof=1)
+        mean, variance = (values.reshape(UNITS[axis], -1).sum(1) for values in (differences.mean(0) ** 2, differences.var(0, ddof=1)))
+        expected = np.sqrt(mean / variance)
         assert expected.min() > 0
         np.testing.assert_allclose(scores[layer].numpy(), expected, rtol=2e-3, atol=1e-5)
 

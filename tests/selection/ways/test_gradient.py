@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from bad_neurons.errors import UserError
 from bad_neurons.selection.ways import scores_of
 from bad_neurons.selection.ways.behaviour import behaviour, behaviour_batches
-from ways_by_hand import LAYERS, RECORDS, answer_log_probs, log_prob, owned, trainable, untouched
+from ways_by_hand import LAYERS, RECORDS, UNITS, answer_log_probs, log_prob, owned, trainable, untouched
 
 
 def odds_by_hand(lm):
@@ -50,8 +50,7 @@ def test_the_behaviour_is_the_measure(material, objective, max_tokens):
     assert value == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("objective", ["odds", "neutral"])
-@pytest.mark.parametrize("axis", ["residual", "intermediate"])
+@pytest.mark.parametrize(("objective", "axis"), [*(("odds", axis) for axis in UNITS), ("neutral", "intermediate")])
 def test_scores_are_norms_of_full_gradients(material, family, axis, objective):
     given = material(family, axis=axis, objective=objective)
     scores = scores_of(given, "gradient")
@@ -59,7 +58,7 @@ def test_scores_are_norms_of_full_gradients(material, family, axis, objective):
     weights = trainable(given.lm)
     BY_HAND[objective](given.lm).backward()
     gradients = {at: weight.grad for at, weight in weights.items()}
-    assert {layer: len(s) for layer, s in scores.items()} == dict.fromkeys(LAYERS, 16 if axis == "residual" else 24)
+    assert {layer: len(s) for layer, s in scores.items()} == dict.fromkeys(LAYERS, UNITS[axis])
     for layer in LAYERS:
         expected = torch.stack([owned(gradients, axis, layer, unit).norm() for unit in range(len(scores[layer]))])
         assert expected.min() > 0

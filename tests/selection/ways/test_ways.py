@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -46,7 +47,8 @@ def test_random_depends_on_the_seed_alone(material):
 
 
 def test_random_choices_fall_on_layers_and_units_alike(material):
-    given = [material(seed=seed) for seed in range(60)]
+    first = material()
+    given = [replace(first, seed=seed) for seed in range(60)]
     chosen = [choose(scores_of(one, "random"), "top_fraction", 0.5, one.lm, "intermediate").layers for one in given]
     counts = torch.tensor([[len(layers.get(layer, ())) for layer in LAYERS] for layers in chosen]).double()
     assert (counts.sum(1) == 24).all()
@@ -68,6 +70,8 @@ def test_the_probe_is_limited_to_candidate_layers(material):
 
 
 def test_what_a_probe_lacks_is_named(material):
+    with pytest.raises(UserError, match="--axis heads: a probe of MLP outputs says nothing about attention heads"):
+        scores_of(material(axis="heads", probe=PROBE), "probe")
     with pytest.raises(UserError, match="--probe: way probe decodes a probe; give"):
         scores_of(material(), "probe")
     few = Probe({1: torch.ones(16)}, 0.0, {"features": "residual"})

@@ -54,10 +54,6 @@ def neuron_scores(view: DecoderView, directions: Mapping[int, Tensor], axis: Axi
         raise UserError("--axis heads: a probe of MLP outputs says nothing about attention heads; expected residual or intermediate")
     if axis == "residual":
         return {layer: residual_scores(v) for layer, v in directions.items()}
-    if axis != "intermediate":
-        raise UserError(
-            f"--axis {axis}: a probe reads what MLPs write and scores neurons of theirs; take another way, or axis intermediate"
-        )
     return {
         layer: intermediate_scores(v, view.layers[layer].gain().cpu(), view.layers[layer].matrix("down_proj").weight.float().cpu())
         for layer, v in directions.items()
