@@ -29,7 +29,7 @@ def plot_sweep(
         bounds: the most that a measure may be.
         best: the best trial within the bounds, or None.
     """
-    shown = [t for t in trials if math.isfinite(t.value or 0.0)]
+    shown = [t for t in trials if math.isfinite(t.values[0])]
     count = len(bounds) + len(space)
     columns = min(_COLUMNS, count)
     rows = math.ceil(count / columns)
@@ -57,9 +57,9 @@ def _panel(ax: Axes, trials: Sequence[FrozenTrial], x: Sequence[float | str], be
     for inside, marker, colour in ((True, "o", _INSIDE), (False, "x", _OUTSIDE)):
         at = [i for i, trial in enumerate(trials) if within(trial) is inside]
         if at:
-            ax.plot([x[i] for i in at], [trials[i].value for i in at], marker, color=colour, markersize=4)
+            ax.plot([x[i] for i in at], [trials[i].values[0] for i in at], marker, color=colour, markersize=4)
     ring = [i for i, trial in enumerate(trials) if best is not None and trial.number == best.number]
-    ax.plot([x[i] for i in ring], [trials[i].value for i in ring], "o", color="black", markersize=11, fillstyle="none")
+    ax.plot([x[i] for i in ring], [trials[i].values[0] for i in ring], "o", color="black", markersize=11, fillstyle="none")
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="#e5e7eb", linewidth=0.8)
     ax.set_axisbelow(True)
