@@ -198,6 +198,7 @@ def test_plot(tmp_path):
     panels = [ax for ax in plot_sweep(trials, sweep.space, sweep.bounds, best).axes if ax.axison]
     assert [ax.get_xlabel() for ax in panels] == ["kl (bound 0.01)", "tune.model.lr", "select.amount", "kind"]
     assert [ax.get_xscale() for ax in panels] == ["linear", "log", "linear", "linear"]
+    assert [label.get_text() for label in panels[3].get_xticklabels()] == ["a", "b"]
     for ax in panels:
         dots, crosses, ring = ax.lines[:3]
         assert sorted(dots.get_ydata()) == sorted(t.value for t in inside)

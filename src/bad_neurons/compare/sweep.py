@@ -243,4 +243,4 @@ def _yaml(sweep: Sweep, best: FrozenTrial, count: int) -> str:
     found = ", ".join(f"{name} {value:.4g}" for name, value in best.user_attrs["measures"].items())
     bounds = ", ".join(f"{name} at most {bound:g}" for name, bound in sweep.bounds.items())
     head = f"# Trial {best.number}, the best of {count} with {bounds or 'no bound'}: {found}\n"
-    return head + yaml.safe_dump(nested(best.params), sort_keys=False)
+    return head + str(yaml.safe_dump(nested(best.params), sort_keys=False))

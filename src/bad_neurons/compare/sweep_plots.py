@@ -29,7 +29,7 @@ def plot_sweep(
         bounds: the most that a measure may be.
         best: the best trial within the bounds, or None.
     """
-    shown = [t for t in trials if math.isfinite(t.value or 0.0)]
+    shown = [t for t in trials if math.isfinite(t.values[0])]
     count = len(bounds) + len(space)
     columns = min(_COLUMNS, count)
     rows = math.ceil(count / columns)
@@ -40,9 +40,13 @@ def plot_sweep(
         ax.axvline(bound, color="black", linewidth=1, linestyle="--")
         ax.set_xlabel(f"{name} (bound {bound:g})")
     for ax, (name, values) in zip(panels[len(bounds) :], space.items(), strict=False):
-        chosen = [t.params[name] for t in shown]
-        _panel(ax, shown, [str(v) for v in chosen] if isinstance(values, CategoricalDistribution) else chosen, best)
-        if getattr(values, "log", False):
+        # Choices stand in the order of the space, whatever they are.
+        places = {choice: place for place, choice in enumerate(values.choices)} if isinstance(values, CategoricalDistribution) else None
+        _panel(ax, shown, [places[t.params[name]] if places else t.params[name] for t in shown], best)
+        if places:
+            ax.set_xticks(range(len(places)), [str(choice) for choice in places])
+            ax.margins(x=0.3)
+        elif getattr(values, "log", False):
             ax.set_xscale("log")
         ax.set_xlabel(name)
     for ax in panels[count:]:
@@ -53,13 +57,13 @@ def plot_sweep(
     return figure
 
 
-def _panel(ax: Axes, trials: Sequence[FrozenTrial], x: Sequence[float | str], best: FrozenTrial | None) -> None:
+def _panel(ax: Axes, trials: Sequence[FrozenTrial], x: Sequence[float], best: FrozenTrial | None) -> None:
     for inside, marker, colour in ((True, "o", _INSIDE), (False, "x", _OUTSIDE)):
         at = [i for i, trial in enumerate(trials) if within(trial) is inside]
         if at:
-            ax.plot([x[i] for i in at], [trials[i].value for i in at], marker, color=colour, markersize=4)
+            ax.plot([x[i] for i in at], [trials[i].values[0] for i in at], marker, color=colour, markersize=4)
     ring = [i for i, trial in enumerate(trials) if best is not None and trial.number == best.number]
-    ax.plot([x[i] for i in ring], [trials[i].value for i in ring], "o", color="black", markersize=11, fillstyle="none")
+    ax.plot([x[i] for i in ring], [trials[i].values[0] for i in ring], "o", color="black", markersize=11, fillstyle="none")
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="#e5e7eb", linewidth=0.8)
     ax.set_axisbelow(True)
