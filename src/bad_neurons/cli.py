@@ -16,6 +16,7 @@ from bad_neurons.errors import UserError
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "run": ("bad_neurons.run", "run_command", "all stages of one configuration, skipping what is done"),
     "compare": ("bad_neurons.compare.command", "compare_command", "methods by seeds by strengths on one model, at equal side effect"),
+    "sweep": ("bad_neurons.compare.sweep_command", "sweep_command", "search options for the least shift at bounded side effects"),
     "sae": ("bad_neurons.stages", "sae_command", "train sparse autoencoders on MLP outputs: sae fit|validate|test"),
     "layers": ("bad_neurons.stages", "layers_command", "choose the layers of the probe by greedy forward selection"),
     "probe": ("bad_neurons.stages", "probe_command", "train a linear probe on pooled features: probe fit|validate|test"),

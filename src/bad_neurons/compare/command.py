@@ -78,7 +78,7 @@ def compare(config_path: Path, out: str | None = None, processes: int = 0, only:
         raise UserError(f"--only {unknown[0]}: no such method; there are {', '.join(methods)}")
     with written_aside(folder / "config.yaml") as aside:
         aside.write_text(config_path.read_text(encoding="utf-8"), encoding="utf-8")
-    _prepare(config, folder, methods)
+    prepare(config, folder, methods)
     setting = setting_of(config, folder)
     every = list(cells_of(methods, *(own[name] for name in _PLAN)))
     cells = [cell for cell in every if cell.method in (only or methods)]
@@ -139,11 +139,11 @@ def setting_of(config: Config, folder: Path) -> Setting:
     )  # fmt: skip
 
 
-def _prepare(config: Config, folder: Path, methods: dict[str, Options]) -> None:
+def prepare(config: Config, folder: Path, methods: dict[str, Options]) -> None:
     """Run the stages that some method reads from: the choice of layers, SAEs and probes."""
     decoded = any(method["select"].get("way", "probe") == "probe" for method in methods.values() if _chooses(method))
     wanted = _PREPARED if decoded else ("layers",)
-    run = {key: value for key, value in config.items() if key not in ("compare", "methods")}
+    run = {key: value for key, value in config.items() if key not in ("compare", "methods", "sweep")}
     for name, stage in plan(run, folder).items():
         if name in wanted:
             run_stage(stage(), folder, force=False)
@@ -161,7 +161,7 @@ def run_cells(setting: Setting, cells: Sequence[Cell], folder: Path, processes: 
     if not missing:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    count = min(processes or _room(), len(missing))
+    count = min(processes or room(), len(missing))
     failed = []
     with tqdm(total=len(missing), desc="cells", unit="cell") as bar:
         for cell, error in _outcomes(setting, missing, folder, stamp, count):
@@ -222,7 +222,7 @@ def _run_cell(bench: Workbench, cell: Cell, path: Path) -> None:
     write_json(path, bench.run(cell))
 
 
-def _room() -> int:
+def room() -> int:
     """Processes that fit into processor and memory; one where there is a GPU."""
     import torch
 

@@ -1,0 +1,151 @@
+"""``bad-neurons sweep``: the options that leave the least opinion shift on validation topics, at bounded KL.
+
+The configuration is that of a comparison without methods, with a section ``sweep`` instead: ``space`` (options by dotted name, such as
+``tune.model.lr``), ``bounds``, ``trials``, ``seed``, and the ``seeds`` and ``examples`` of each trial's cells. What is measured is
+the validation side: test topics are left alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple, NoReturn
+
+from tqdm.auto import tqdm
+
+from bad_neurons.artifacts import digest_json
+from bad_neurons.compare.command import prepare, room, setting_of
+from bad_neurons.compare.setting import Cell, Options, Setting
+from bad_neurons.compare.sweep import Sweep, read_space, write_results
+from bad_neurons.errors import UserError
+from bad_neurons.plan import merged, read_run_config
+
+log = logging.getLogger(__name__)
+
+_DEFAULTS: dict[str, Any] = {"bounds": {"kl": 0.01}, "trials": 40, "seed": 0, "seeds": [0], "examples": 128}
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"sweep: {message}")
+
+
+class Task(NamedTuple):
+    """What every trial does.
+
+    Attributes:
+        setting: the model, the data and what is measured.
+        options: sections ``correction``, ``select`` and ``tune``, under what a trial tries.
+        seeds: a cell for each; measures are means over them.
+        examples: training records of a cell.
+        trials: how many are tried.
+    """
+
+    setting: Setting
+    options: Options
+    seeds: tuple[int, ...]
+    examples: int
+    trials: int
+
+
+def sweep_command(arguments: list[str]) -> None:
+    """``bad-neurons sweep --config FILE [--out FOLDER] [--trials N] [--processes N]``."""
+    parser = _Parser(prog="bad-neurons sweep", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--config", required=True, help="YAML file of the sweep, such as configs/sweep.yaml")
+    parser.add_argument("--out", help="folder of the study and the results, instead of the configuration's `out`")
+    parser.add_argument("--trials", type=int, help="how many are tried in all, instead of the configuration's; the same command goes on")
+    parser.add_argument(
+        "--processes", type=int, default=0, help="trials at a time, each with its share of the cores; 0: as many as there is room for"
+    )
+    options = parser.parse_args(arguments)
+    sweep(Path(options.config), options.out, options.trials, options.processes)
+
+
+def sweep(config_path: Path, out: str | None = None, trials: int | None = None, processes: int = 0) -> Path:
+    """Try what is left to try, and write ``sweep.csv``, ``sweep.png`` and ``best.yaml``.
+
+    Returns:
+        The folder of the results.
+
+    Raises:
+        UserError: a bad configuration, or a folder that holds another sweep.
+    """
+    if processes < 0:
+        raise UserError(f"--processes {processes}: 0 or more")
+    config = read_run_config(config_path, ("compare", "sweep"))
+    folder = Path(out or config["out"])
+    own = {**_DEFAULTS, **(config.get("sweep") or {})}
+    if unknown := sorted(set(own) - {*_DEFAULTS, "space", "correction"}):
+        raise UserError(f"{config_path}: sweep.{unknown[0]}: no such option; expected space, {', '.join(_DEFAULTS)}, correction")
+    space = read_space(own.get("space") or {}, f"{config_path}: sweep.space")
+    options = {"correction": own.get("correction", "neurons"), "select": config.get("select") or {}, "tune": config.get("tune") or {}}
+    prepare(config, folder, {"sweep": options})
+    measured = {**config, "compare": {**(config.get("compare") or {}), "side": "validation"}}
+    setting = setting_of(measured, folder)
+    task = Task(setting, options, tuple(own["seeds"]), own["examples"], trials or own["trials"])
+    study = Sweep(folder, space, own["bounds"], own["seed"], digest_json([setting.stamp, options, task.seeds, task.examples]))
+    study.requeue_dead()
+    _run(study, task, processes or room())
+    write_results(study)
+    best = study.best()
+    log.info("results: %s", folder / "sweep.csv")
+    log.info("best:    %s", folder / "best.yaml" if best else f"no trial within the bounds {own['bounds']}")
+    return folder
+
+
+def _run(study: Sweep, task: Task, processes: int) -> None:
+    left = task.trials - len(study.tried())
+    count = min(processes, left)
+    if count <= 1:
+        work(study, task) if left > 0 else None
+        return
+    threads = max(1, (os.cpu_count() or 1) // count)
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+        for done in [pool.submit(_work_apart, study, task, threads) for _ in range(count)]:
+            done.result()
+
+
+def _work_apart(study: Sweep, task: Task, threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    os.environ["TQDM_DISABLE"] = "1"
+    work(study, task)
+
+
+def work(study: Sweep, task: Task) -> None:
+    """Claim and measure trials until all are tried."""
+    from bad_neurons.compare.workbench import Workbench
+
+    bench = Workbench(task.setting)
+
+    def objective(tried: Options) -> dict[str, float]:
+        options = merged(task.options, tried)
+        results = [bench.run(Cell("sweep", options, seed, task.examples, (1.0,))) for seed in task.seeds]
+        return measures_of(results)
+
+    with tqdm(total=task.trials, initial=len(study.tried()), desc="trials", unit="trial") as bar:
+        while (trial := study.claim(task.trials)) is not None:
+            study.measure(trial, objective)
+            bar.update()
+
+
+def measures_of(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means over cells: ``shift`` (share of the mean opinion shift that is left, averaged over suites), that of each suite, and ``kl``."""
+    left: dict[str, list[float]] = {}
+    for result in results:
+        for suite, rows in result["strengths"][-1]["items"].items():
+            before, after = (_mean_shift(side) for side in (result["clean"][suite], rows))
+            left.setdefault(f"shift_{suite}", []).append(abs(after / before))
+    means = {name: fmean(values) for name, values in left.items()}
+    return {"shift": fmean(means.values()), "kl": fmean(r["strengths"][-1]["kl_per_token"] for r in results), **means}
+
+
+def _mean_shift(rows: Sequence[Mapping[str, Any]]) -> float:
+    return fmean(row["odds"] - row["odds_neutral"] for row in rows if row["valid"] and row.get("odds_neutral") is not None)
