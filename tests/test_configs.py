@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from bad_neurons.cli import main
-from bad_neurons.plan import Stage, plan, read_run_config
+from bad_neurons.compare.command import check_options, methods_of, options_of
+from bad_neurons.compare.sweep import nested, read_space
+from bad_neurons.plan import Stage, merged, plan, read_run_config
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -24,7 +26,9 @@ STAGE_COMMANDS = {
     "judge-agreement": ["judge-agreement"],
     "export": ["export"],
 }
-RUNS = [path for path in CONFIGS if path.stem not in STAGE_COMMANDS]
+SECTIONS = ("compare", "methods", "sweep")  # what a comparison or a sweep has beside a run's own
+COMPARISONS = [path for path in CONFIGS if set(yaml.safe_load(path.read_text())) & set(SECTIONS)]
+RUNS = [path for path in CONFIGS if path.stem not in STAGE_COMMANDS and path not in COMPARISONS]
 
 
 def parsed(words: list[str], config: Path, capsys: pytest.CaptureFixture[str]) -> dict:
@@ -55,6 +59,22 @@ def test_the_list_is_complete():
 @pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem in STAGE_COMMANDS], ids=lambda p: p.stem)
 def test_stage_configuration(path, capsys):
     assert given(yaml.safe_load(path.read_text()), parsed(STAGE_COMMANDS[path.stem], path, capsys)) == []
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda p: p.stem)
+def test_comparison_configuration(path, tmp_path, capsys):
+    config = read_run_config(path, SECTIONS)
+    for name, stage in plan({key: value for key, value in config.items() if key not in SECTIONS}, tmp_path).items():
+        if name in ("sae", "probe", "probe-residual"):
+            made = stage()
+            assert given(made.config, parsed(list(made.command), written(made, tmp_path), capsys)) == [], name
+    if "sweep" in config:
+        options = merged(
+            {"select": config["select"], "tune": config["tune"]}, nested(dict.fromkeys(read_space(config["sweep"]["space"], "space")))
+        )
+        check_options(options, str(path))
+    else:
+        options_of(config, methods_of(config, str(path)), str(path))
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)

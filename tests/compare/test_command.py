@@ -96,6 +96,8 @@ def test_means_are_those_of_the_cells(config, tmp_path):
         ({"methods": {}}, (), "`methods` is missing"),
         ({"methods": {"random": {"selects": {}}}}, (), "methods.random has the option 'selects'; expected correction, select, tune"),
         ({"methods": {"random": 3}}, (), "methods.random is 3"),
+        ({"methods": {"random": {"select": {"wayy": "random"}}}}, (), "methods.random.select.wayy: no such option"),
+        ({"methods": {"random": {"tune": {"model": {"lrr": 1}}}}}, (), "methods.random.tune.model.lrr: no such option"),
         ({"comparison": {}}, (), "unknown option 'comparison'"),
         ({"compare": {"seed": [0]}}, (), "compare.seed: no such option; expected"),
         (

@@ -77,7 +77,8 @@ def test_measures():
         ({"space": {}}, "sweep.space: empty"),
         ({"spaces": {}}, "sweep.spaces: no such option"),
         ({"bounds": {"price": 1.0}}, "price is not measured"),
-        ({"space": {"tune.model.lrr": [1.0]}}, "no trial was measured; the first failed: tune.model: "),
+        ({"space": {"tune.model.lrr": [1.0]}}, "sweep.tune.model.lrr: no such option"),
+        ({"space": {"tune.model.lr": [-1.0]}}, "no trial was measured; the first failed: --model.lr -1.0: at least 0"),
     ],
 )
 def test_bad_input_is_one_line(config, capsys, own, message):

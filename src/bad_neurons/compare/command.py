@@ -13,6 +13,7 @@ import os
 from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -104,7 +105,32 @@ def methods_of(config: Config, where: str) -> dict[str, Options]:
             what = f"has the option {unknown[0]!r}" if isinstance(method, dict) else f"is {method!r}"
             raise UserError(f"{where}: methods.{name} {what}; expected {', '.join(known)}")
     shared = {"select": config.get("select") or {}, "tune": config.get("tune") or {}}
-    return {name: merged(shared, method) for name, method in methods.items()}
+    complete = {name: merged(shared, method) for name, method in methods.items()}
+    for name, method in complete.items():
+        check_options(method, f"{where}: methods.{name}")
+    return complete
+
+
+def check_options(options: Options, where: str) -> None:
+    """Refuse what ``bad-neurons select``, the tuner, its data or its Trainer would not take, before anything runs.
+
+    Raises:
+        UserError: an unknown option; the message names it.
+    """
+    import lightning as L
+
+    from bad_neurons.data.tuning import SycophancyDataModule
+    from bad_neurons.selection.select import select
+    from bad_neurons.tuning.module import NeuronTuner
+
+    tune = options.get("tune") or {}
+    takers = {"tune.model": (NeuronTuner, tune.get("model")), "tune.data": (SycophancyDataModule, tune.get("data"))}
+    takers |= {"tune.trainer": (L.Trainer, tune.get("trainer")), "select": (select, options.get("select"))}
+    for section, (taker, given) in takers.items():
+        if unknown := sorted(set(given or {}) - set(signature(taker).parameters)):
+            raise UserError(f"{where}.{section}.{unknown[0]}: no such option")
+    if unknown := sorted(set(tune) - {"model", "data", "trainer"}):
+        raise UserError(f"{where}.tune.{unknown[0]}: no such section; expected model, data, trainer")
 
 
 def options_of(config: Config, methods: Mapping[str, Options], where: str) -> Options:

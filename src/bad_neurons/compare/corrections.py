@@ -52,8 +52,6 @@ def build_correction(bench: Workbench, cell: Cell) -> Correction:
 def _neurons(bench: Workbench, cell: Cell) -> Correction:
     """Neurons (or heads) chosen in one of the ways of ``selection/ways``, with the options of ``bad-neurons select``."""
     asked: dict[str, Any] = cell.options.get("select") or {}
-    if unknown := sorted(set(asked) - set(signature(select).parameters)):
-        raise UserError(f"method {cell.method}: select.{unknown[0]}: no such option of `bad-neurons select`")
     chosen: dict[str, Any] = {name: p.default for name, p in signature(select).parameters.items()} | asked
     if chosen["way"] not in WAYS:
         raise UserError(f"method {cell.method}: way {chosen['way']!r}; expected one of {', '.join(WAYS)}")

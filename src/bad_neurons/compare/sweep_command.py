@@ -20,9 +20,9 @@ from typing import Any, NamedTuple, NoReturn
 from tqdm.auto import tqdm
 
 from bad_neurons.artifacts import digest_json
-from bad_neurons.compare.command import prepare, room, setting_of
+from bad_neurons.compare.command import check_options, prepare, room, setting_of
 from bad_neurons.compare.setting import Cell, Options, Setting
-from bad_neurons.compare.sweep import Sweep, read_space, write_results
+from bad_neurons.compare.sweep import Sweep, nested, read_space, write_results
 from bad_neurons.errors import UserError
 from bad_neurons.plan import merged, read_run_config
 
@@ -85,6 +85,7 @@ def sweep(config_path: Path, out: str | None = None, trials: int | None = None, 
         raise UserError(f"{config_path}: sweep.{unknown[0]}: no such option; expected space, {', '.join(_DEFAULTS)}, correction")
     space = read_space(own.get("space") or {}, f"{config_path}: sweep.space")
     options = {"correction": own.get("correction", "neurons"), "select": config.get("select") or {}, "tune": config.get("tune") or {}}
+    check_options(merged(options, nested(dict.fromkeys(space))), f"{config_path}: sweep")
     prepare(config, folder, {"sweep": options})
     measured = {**config, "compare": {**(config.get("compare") or {}), "side": "validation"}}
     setting = setting_of(measured, folder)
