@@ -11,7 +11,7 @@ import logging
 import multiprocessing
 import os
 from argparse import ArgumentParser
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from inspect import signature
 from pathlib import Path
@@ -124,8 +124,12 @@ def check_options(options: Options, where: str) -> None:
     from bad_neurons.tuning.module import NeuronTuner
 
     tune = options.get("tune") or {}
-    takers = {"tune.model": (NeuronTuner, tune.get("model")), "tune.data": (SycophancyDataModule, tune.get("data"))}
-    takers |= {"tune.trainer": (L.Trainer, tune.get("trainer")), "select": (select, options.get("select"))}
+    takers: dict[str, tuple[Callable[..., Any], Any]] = {
+        "tune.model": (NeuronTuner, tune.get("model")),
+        "tune.data": (SycophancyDataModule, tune.get("data")),
+        "tune.trainer": (L.Trainer, tune.get("trainer")),
+        "select": (select, options.get("select")),
+    }
     for section, (taker, given) in takers.items():
         if unknown := sorted(set(given or {}) - set(signature(taker).parameters)):
             raise UserError(f"{where}.{section}.{unknown[0]}: no such option")
