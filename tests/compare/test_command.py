@@ -21,6 +21,7 @@ TUNE = {
 METHODS = {
     "random": {"select": {"way": "random"}},
     "probe": {"select": {"way": "probe"}},
+    "residual probe": {"select": {"way": "probe", "probe": "residual"}},
     "steering": {"correction": "steering", "strengths": [1.0, 2.0, 4.0]},
 }
 
@@ -55,7 +56,7 @@ def test_from_yaml_to_tables_and_plots(config, tmp_path, monkeypatch, capsys):
     path = config()
     assert compared(path) == 0
     out = tmp_path / "compared"
-    assert len(list((out / "cells").iterdir())) == 2 * 2 * 3
+    assert len(list((out / "cells").iterdir())) == 2 * 2 * 4
     assert (out / "probe" / "probe.safetensors").is_file()  # some method decodes it
     table = pd.read_parquet(out / "compare.parquet")
     pd.testing.assert_frame_equal(table, pd.read_csv(out / "compare.csv"), check_dtype=False)
@@ -64,6 +65,9 @@ def test_from_yaml_to_tables_and_plots(config, tmp_path, monkeypatch, capsys):
         assert any(path.name.startswith(plot) for path in (out / "plots").iterdir()), plot
     assert "steering" in (out / "compare.md").read_text()
     assert "random" in capsys.readouterr().out
+    chosen = {name: {path.name for path in (out / "cells").glob(f"{name}-n0-seed0-*")} for name in ("probe", "residual-probe")}
+    one, other = (json.loads((out / "cells" / name).read_text())["strengths"] for names in chosen.values() for name in names)
+    assert one != other
     # Each number of the table from the cells themselves.
     cell = next(json.loads(path.read_text()) for path in (out / "cells").iterdir() if path.name.startswith("steering-n6-seed0"))
     last = cell["strengths"][-1]
@@ -103,9 +107,9 @@ def test_means_are_those_of_the_cells(config, tmp_path):
         (
             {"compare": {"reference": "luck", "seeds": [0]}},
             (),
-            "compare.reference 'luck': no such method; there are random, probe, steering",
+            "compare.reference 'luck': no such method; there are random, probe, residual probe, steering",
         ),
-        ({}, ("--only", "luck"), "--only luck: no such method; there are random, probe, steering"),
+        ({}, ("--only", "luck"), "--only luck: no such method; there are random, probe, residual probe, steering"),
         ({}, ("--processes", "-1"), "--processes -1: 0 or more"),
     ],
 )

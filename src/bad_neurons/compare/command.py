@@ -160,12 +160,13 @@ def setting_of(config: Config, folder: Path) -> Setting:
     own, records = config.get("compare") or {}, str(config.get("records", "embedded"))
     split = {name: config[name] for name in ("validation", "test", "split_seed") if name in config}
     sae = config["sae"] if isinstance(config.get("sae"), str) else str(folder / "sae")
-    probe = folder / "probe" / "probe.safetensors"
+    probes = [folder / name / "probe.safetensors" for name in ("probe", "probe-residual")]
+    probe, residual = (str(path) if path.is_file() else None for path in probes)
     measured = {name: own[name] for name in _MEASURED if name in own}
     return Setting(
         model=str(config["model"]), layers=tuple(chosen_layers(config, folder)), records=records,
         suites=tuple(own.get("suites", sources_of(records))), **split, **measured,
-        probe=str(probe) if probe.is_file() else None, sae=sae if probe.is_file() else None,
+        probe=probe, residual_probe=residual, sae=sae if probe else None,
     )  # fmt: skip
 
 

@@ -57,6 +57,7 @@ def _neurons(bench: Workbench, cell: Cell) -> Correction:
         raise UserError(f"method {cell.method}: way {chosen['way']!r}; expected one of {', '.join(WAYS)}")
     reads = READS[chosen["way"]]
     probe = asked.get("probe") or bench.setting.probe
+    probe = bench.setting.residual_probe if probe == "residual" else probe
     material = Material(
         lm=bench.lm,
         layers=chosen["layers"] or list(bench.setting.layers),

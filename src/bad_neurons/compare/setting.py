@@ -35,6 +35,7 @@ class Setting:
         max_paragraphs: paragraphs of it that are measured.
         dtype: dtype of the model.
         probe: ``probe.safetensors`` for the ways that read one.
+        residual_probe: the same of the probe on activations themselves, for methods that name it (``probe: residual``).
         sae: folder of SAEs, or ``release:id``, for the ways that read one.
     """
 
@@ -51,6 +52,7 @@ class Setting:
     max_paragraphs: int = 40
     dtype: Dtype = "auto"
     probe: str | None = None
+    residual_probe: str | None = None
     sae: str | None = None
 
     @property
@@ -58,7 +60,7 @@ class Setting:
         """Digest of everything that the cells read, the content of local files included."""
         sources = {*sources_of(self.records), *self.suites}
         files = [[source, digest_path(path)] for source in sorted(sources) if (path := local_path(source))]
-        read = [digest_path(Path(path)) for path in (self.probe, self.sae) if path]
+        read = [digest_path(Path(path)) for path in (self.probe, self.residual_probe, self.sae) if path]
         return digest_json([__version__, asdict(self), model_stamp(self.model), files, read])
 
 
