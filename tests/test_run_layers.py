@@ -12,7 +12,7 @@ from bad_neurons.cli import main
 from bad_neurons.errors import UserError
 from bad_neurons.plan import plan, read_run_config
 from bad_neurons.run_layers import LayerChoice, check_layers, share_of_layers
-from helpers import tiny_run_config
+from helpers import tiny_run_config, write_records
 
 BEHIND = ["probe", "probe-residual", "selection", "tuning", "evaluation"]
 COMPARED = [*BEHIND[:2], "probes", *BEHIND[2:]]
@@ -140,6 +140,21 @@ def test_order_and_layers_of_the_stages(tmp_path):
     assert {"sae": "a-release:layer_{layer}", "features": "sae"}.items() <= pretrained["layers"].config.items()
     for made in (on_residual, on_sae, pretrained):
         assert made["probe"].config["data"]["layers"] == made["probe-residual"].config["data"]["layers"] == [1, 2]
+
+
+def test_inputs_are_the_files_that_a_stage_s_own_options_name(tmp_path):
+    others = write_records(tmp_path / "others.jsonl")
+    made = stages(
+        tmp_path / "a", layers={"greedy": {"records": others}}, probes={"records": others, "layers": [0]},
+        probe={"data": {"records": others, "layers": [2, 3]}}, sae={"data": {"records": None}}, tune={"data": {"records": others}},
+    )  # fmt: skip
+    saes = [tmp_path / "a" / "run" / "sae" / f"layer-{layer}" for layer in range(4)]
+    assert made["layers"].inputs == (Path(others),)
+    assert made["sae"].inputs == ()
+    assert made["probe"].inputs == made["probe-residual"].inputs == (Path(others), *saes[2:])
+    assert made["probes"].inputs == (Path(others), saes[0])
+    assert made["tuning"].inputs[0] == Path(others)
+    assert made["evaluation"].inputs[0] == tmp_path / "a" / "records.jsonl"
 
 
 def test_probes_are_compared_where_their_section_is(tmp_path):

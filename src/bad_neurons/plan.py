@@ -98,10 +98,6 @@ class _Run:
         return str(self.config.get("records", "embedded"))
 
     @property
-    def record_files(self) -> tuple[Path, ...]:
-        return files_of(sources_of(self.records))
-
-    @property
     def split(self) -> Config:
         return {name: self.config.get(name, default) for name, default in (("validation", 0.2), ("test", 0.2), ("split_seed", 0))}
 
@@ -174,11 +170,10 @@ def _layers(run: _Run) -> Stage:
     choice, folder = run.choice, run.choice.chosen.parent
     probe = {**(run.section("probe").get("model") or {}), **(run.section("probe").get("data") or {})}
     own: Config = {"model": run.model, "records": run.records, **run.split, **{key: probe[key] for key in _OF_THE_PROBE if key in probe}}
-    inputs = run.record_files
     if choice.on_sae:
         own |= {"sae": run.sae} | ({} if run.pretrained_sae else {"candidates": choice.candidates})
-        inputs += run.sae_folders(choice.candidates)
     config = merged(own, {"folder": str(folder / "features"), "out": str(folder)}, choice.greedy or {})
+    inputs = _record_files(config) + (run.sae_folders(choice.candidates) if choice.on_sae else ())
     return Stage("layers", ("layers",), config, inputs, (choice.chosen, folder / "layers.png"))
 
 
@@ -189,25 +184,25 @@ def _sae(run: _Run) -> Stage:
     own = {"model": {"out": run.sae}, "data": {**data, "folder": str(run.folder / "sae" / "activations")}}
     config = merged(run.seed, own, run.section("sae"))
     outputs = tuple(folder / "cfg.json" for folder in run.sae_folders(config["data"]["layers"]))
-    return Stage("sae", ("sae", "fit"), config, run.record_files, outputs)
+    return Stage("sae", ("sae", "fit"), config, _record_files(config["data"]), outputs)
 
 
 def _probe(run: _Run, name: str, features: str) -> Stage:
-    layers = run.choice.layers
-    data = {"model": run.model, "layers": layers, "records": run.records, **run.split, "sae": run.sae, "features": features}
+    data = {"model": run.model, "layers": run.choice.layers, "records": run.records, **run.split, "sae": run.sae, "features": features}
     # Both probes read one set of features, extracted in one pass.
     own = {"model": {"out": str(run.folder / name)}, "data": {**data, "folder": str(run.folder / "probe" / "features")}}
-    inputs = run.record_files + run.sae_folders(layers)
-    outputs = (run.probe(name), run.folder / name / "metrics.json")
-    return Stage(name, ("probe", "fit"), merged(run.seed, own, run.section("probe")), inputs, outputs)
+    config = merged(run.seed, own, run.section("probe"))
+    inputs = _record_files(config["data"]) + run.sae_folders(config["data"]["layers"])
+    return Stage(name, ("probe", "fit"), config, inputs, (run.probe(name), run.folder / name / "metrics.json"))
 
 
 def _probes(run: _Run) -> Stage:
     folder, layers = run.folder / "probes", run.choice.layers
-    own = {"model": run.model, "layers": layers, "sae": run.sae, "records": run.records, **run.split}
+    own: Config = {"model": run.model, "layers": layers, "sae": run.sae, "records": run.records, **run.split}
     config = merged(own, {"folder": str(folder / "features"), "out": str(folder)}, run.section("probes"))
     outputs = tuple(folder / f"probes.{kind}" for kind in ("json", "csv", "png"))
-    return Stage("probes", ("probes",), config, run.record_files + run.sae_folders(layers), outputs)
+    inputs = _record_files(config) + run.sae_folders(config["layers"] or layers)
+    return Stage("probes", ("probes",), config, inputs, outputs)
 
 
 def _selection(run: _Run) -> Stage:
@@ -217,7 +212,7 @@ def _selection(run: _Run) -> Stage:
     config = merged(own, run.section("select"))
     decoded = config.get("way", "probe") == "probe"
     inputs = [probe, control] if decoded or config.get("layers") is None else []
-    inputs += [] if decoded else run.record_files
+    inputs += [] if decoded else _record_files(config)
     inputs += [Path(config["like"])] if config.get("like") else []
     return Stage("selection", ("select",), config, tuple(inputs), (run.neurons,))
 
@@ -237,7 +232,9 @@ def _tuning(run: _Run) -> Stage:
         "trainer": {"logger": logger, "callbacks": [checkpoint]},
     }
     config = merged(run.seed, own, run.section("tune"))
-    return Stage("tuning", ("tune", "fit"), config, (*run.record_files, run.neurons), (run.delta,), folder / "checkpoints" / "last.ckpt")
+    return Stage(
+        "tuning", ("tune", "fit"), config, (*_record_files(config["data"]), run.neurons), (run.delta,), folder / "checkpoints" / "last.ckpt"
+    )
 
 
 def _evaluation(run: _Run) -> Stage:
@@ -247,6 +244,11 @@ def _evaluation(run: _Run) -> Stage:
     config = merged(own, run.section("evaluate"))
     inputs = (*files_of([*config["suites"], *config.get("optional_suites", PUBLIC)]), run.delta)
     return Stage("evaluation", ("evaluate",), config, inputs, (results,))
+
+
+def _record_files(options: Config) -> tuple[Path, ...]:
+    """Files of the records that a stage's own options name; its section may name others than the run."""
+    return files_of(sources_of(options["records"])) if options.get("records") else ()
 
 
 def merged(*parts: Mapping[str, Any]) -> Config:
