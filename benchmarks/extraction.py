@@ -47,7 +47,7 @@ from bad_neurons.data.readers import available, load_records
 from bad_neurons.models.load import LanguageModel, load_model, resolve_model
 from bad_neurons.models.prompts import tokenize
 from bad_neurons.models.view import DecoderView, view_decoder
-from bad_neurons.probe.features import Example, extract_features
+from bad_neurons.probe.features import Example, Pooling, extract_features
 from bad_neurons.sae.load import SAEs
 from bad_neurons.testing import save_tiny_saes
 
@@ -211,9 +211,12 @@ def set_up_ours(saes: str, items: int, out: str, dtype: str = "bfloat16") -> har
     """This package; see :func:`set_up_lens` for the arguments."""
     task = load_task(saes, items, dtype)
 
+    pooling = Pooling("max", "answer")
+
     def extract(examples: Sequence[Example]) -> Features:
         with tempfile.TemporaryDirectory() as folder:
-            return extract_features(task.view, examples, task.saes, LAYERS, "max", "answer", Path(folder), "benchmark")
+            found = extract_features(task.view, examples, task.saes, LAYERS, [pooling], Path(folder), "benchmark")
+            return {f"{kind}.{layer}": found.read(pooling, kind, layer) for layer in LAYERS for kind in ("residual", "sae")}
 
     return _round(task.examples, extract, out)
 

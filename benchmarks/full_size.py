@@ -46,7 +46,7 @@ from bad_neurons.data.tuning import TuningBatch
 from bad_neurons.evaluation.scoring import Request, answer_log_probs
 from bad_neurons.models.passes import Runner, checkpointed, finish, open_frame, plain, run_layers
 from bad_neurons.models.view import MATRICES, DecoderView, view_decoder
-from bad_neurons.probe.features import Example, extract_features
+from bad_neurons.probe.features import Example, Pooling, extract_features
 from bad_neurons.selection.neurons import NeuronSelection
 from bad_neurons.tuning.clean_cache import CleanCache, CleanPass
 from bad_neurons.tuning.edits import NeuronDelta
@@ -396,11 +396,13 @@ class Loaded:
 def ours_extracting(work: Work) -> Iterator[Round]:
     """``extract_features`` into an empty folder; writing to the disk is part of its time."""
     saes: Any = Loaded(work)
+    pooling = Pooling("max", "answer")
 
     def run() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
-            found = extract_features(work.view, work.examples, saes, work.layers, "max", "answer", Path(folder), "full size")
-        return {"units": work.example_tokens, "mean_feature": _mean(found[f"sae.{layer}"] for layer in work.layers)}
+            found = extract_features(work.view, work.examples, saes, work.layers, [pooling], Path(folder), "full size")
+            features = [found.read(pooling, "sae", layer) for layer in work.layers]
+        return {"units": work.example_tokens, "mean_feature": _mean(features)}
 
     yield run
 

@@ -20,7 +20,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_every_stage_of_the_shipped_configuration_reads_the_behaviour():
-    stages = {stage.name: stage.config for stage in plan(read_run_config(ROOT / "configs" / "are-you-sure.yaml"), Path("runs"))}
+    planned = plan(read_run_config(ROOT / "configs" / "are-you-sure.yaml"), Path("runs"))
+    stages = {name: make().config for name, make in planned.items()}
     assert {name: stages[name]["data"]["records"] for name in ("sae", "probe", "probe-residual", "tuning")} == dict.fromkeys(
         ("sae", "probe", "probe-residual", "tuning"), SOURCE
     )

@@ -61,5 +61,6 @@ def test_prompt_form(real):
     if "gemma" in real.id:
         assert text == "<bos>Human: Be kind.\n\nIs it so?\n\nAssistant:"
     else:
-        assert text.endswith("<|im_start|>user\nBe kind.\n\nIs it so?<|im_end|>\n<|im_start|>assistant\n")
+        said = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nIs it so?<|im_end|>\n<|im_start|>assistant\n"
+        assert text == said  # its template has a system role
         assert text.count("<|im_start|>user") == 1

@@ -293,12 +293,14 @@ def _items(clean: Mapping[str, list[Any]], edited: Mapping[str, list[Any]]) -> I
     """A row for each item with a neutral prompt that both models were scored on."""
     for suite, rows in edited.items():
         for before, after in zip(clean[suite], rows, strict=True):
-            if before["valid"] and after["valid"] and before.get("odds_neutral") is not None:
+            if before["valid"] and before.get("odds_neutral") is not None:
+                known = after["valid"]  # a correction that went wrong leaves no number, and the tables say so
                 yield {
                     "suite": suite, "topic": before["topic"], "id": before["id"], "person_is_right": before["person_is_right"],
-                    "before": before["odds"] - before["odds_neutral"], "after": after["odds"] - after["odds_neutral"],
-                    "odds_before": before["odds"], "odds_after": after["odds"],
-                    "accurate_before": _accurate(before), "accurate_after": _accurate(after),
+                    "before": before["odds"] - before["odds_neutral"],
+                    "after": after["odds"] - after["odds_neutral"] if known else float("nan"),
+                    "odds_before": before["odds"], "odds_after": after["odds"] if known else float("nan"),
+                    "accurate_before": _accurate(before), "accurate_after": _accurate(after) if known else None,
                 }  # fmt: skip
 
 

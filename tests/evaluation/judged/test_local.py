@@ -75,5 +75,5 @@ def test_a_chat_model_is_asked_in_its_own_form(tmp_path):
     lm = load_model(save_tiny_model(tmp_path / "chat", "llama", chat_template=template), "float32")
     turns = ({"role": "system", "content": "Grade."}, {"role": "user", "content": "Well?"})
     verdict = ask(LocalJudge(lm), [JudgeQuestion(turns, 0, 1)])[0]
-    odds = log_probs(lm, "[user]Grade.\n\nWell?[assistant]Score:", (0, 1))
+    odds = log_probs(lm, "[system]Grade.[user]Well?[assistant]Score:", (0, 1))
     assert verdict.score == pytest.approx(1 / (1 + math.exp(odds[0] - odds[1])), abs=2e-4)
