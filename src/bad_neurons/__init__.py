@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from bad_neurons.tuning.delta_file import LoadedDelta as LoadedDelta
     from bad_neurons.tuning.delta_file import load_delta as load_delta
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["LoadedDelta", "__version__", "load_delta"]
 
 
