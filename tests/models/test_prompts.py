@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from bad_neurons.errors import UserError
 from bad_neurons.models.prompts import bos_ids, fold_system, readable, tokenize, tokenize_text
 from bad_neurons.testing import tiny_tokenizer
 from helpers import CHATML
@@ -95,6 +96,11 @@ def test_a_template_with_a_system_role(turns, expected, answer):
 def test_the_template_itself_refuses_a_system_turn():
     with pytest.raises(Exception, match="System role not supported"):
         tiny_tokenizer(GEMMA_LIKE).apply_chat_template(SYSTEM, tokenize=False)
+
+
+def test_turns_that_a_template_refuses():
+    with pytest.raises(UserError, match=r"turns of system, assistant: the model's chat template refuses it \(System role not supported\)"):
+        tokenize(tiny_tokenizer(GEMMA_LIKE), [SYSTEM[0], BEGUN[1]])
 
 
 def test_the_naive_way_would_give_two():

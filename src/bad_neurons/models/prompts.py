@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from bad_neurons.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -35,6 +37,9 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], answer: 
     """Token ids of ``turns`` and of ``answer`` behind them.
 
     The two are tokenized apart, so a prompt has the same ids whatever answers it.
+
+    Raises:
+        UserError: the chat template refuses the turns.
     """
     text = _chat(tokenizer, list(turns)) if tokenizer.chat_template else _dialogue(fold_system(turns))
     prompt = bos_ids(tokenizer) + _plain_ids(tokenizer, _without_bos(tokenizer, text))
@@ -85,7 +90,11 @@ def _chat(tokenizer: PreTrainedTokenizerBase, turns: list[Turn]) -> str:
     try:
         return filled(turns)
     except TemplateError:  # templates without a system role refuse one
-        return filled(fold_system(turns))
+        try:
+            return filled(fold_system(turns))
+        except TemplateError as error:
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise UserError(f"prompt with turns of {roles}: the model's chat template refuses it ({error})") from error
 
 
 def _dialogue(turns: list[Turn]) -> str:
