@@ -8,21 +8,18 @@ the validation side: test topics are left alone.
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple, NoReturn
 
-from tqdm.auto import tqdm
-
 from bad_neurons.artifacts import digest_json
 from bad_neurons.compare.command import check_options, prepare, room, setting_of
 from bad_neurons.compare.setting import Cell, Options, Setting
-from bad_neurons.compare.sweep import Sweep, nested, read_space, write_results
+from bad_neurons.compare.sweep import Objective, Sweep, nested, read_space, write_results
+from bad_neurons.compare.sweep_workers import run_sweep
 from bad_neurons.errors import UserError
 from bad_neurons.plan import merged, read_run_config
 
@@ -44,14 +41,12 @@ class Task(NamedTuple):
         options: sections ``correction``, ``select`` and ``tune``, under what a trial tries.
         seeds: a cell for each; measures are means over them.
         examples: training records of a cell.
-        trials: how many are tried.
     """
 
     setting: Setting
     options: Options
     seeds: tuple[int, ...]
     examples: int
-    trials: int
 
 
 def sweep_command(arguments: list[str]) -> None:
@@ -89,10 +84,9 @@ def sweep(config_path: Path, out: str | None = None, trials: int | None = None, 
     prepare(config, folder, {"sweep": options})
     measured = {**config, "compare": {**(config.get("compare") or {}), "side": "validation"}}
     setting = setting_of(measured, folder)
-    task = Task(setting, options, tuple(own["seeds"]), own["examples"], trials or own["trials"])
+    task = Task(setting, options, tuple(own["seeds"]), own["examples"])
     study = Sweep(folder, space, own["bounds"], own["seed"], digest_json([setting.stamp, options, task.seeds, task.examples]))
-    study.requeue_dead()
-    _run(study, task, processes or room())
+    run_sweep(study, partial(objective_of, task), trials or own["trials"], processes or room())
     write_results(study)
     best = study.best()
     log.info("results: %s", folder / "sweep.csv")
@@ -100,41 +94,17 @@ def sweep(config_path: Path, out: str | None = None, trials: int | None = None, 
     return folder
 
 
-def _run(study: Sweep, task: Task, processes: int) -> None:
-    left = task.trials - len(study.tried())
-    count = min(processes, left)
-    if count <= 1:
-        work(study, task) if left > 0 else None
-        return
-    threads = max(1, (os.cpu_count() or 1) // count)
-    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
-        for done in [pool.submit(_work_apart, study, task, threads) for _ in range(count)]:
-            done.result()
-
-
-def _work_apart(study: Sweep, task: Task, threads: int) -> None:
-    import torch
-
-    torch.set_num_threads(threads)
-    os.environ["TQDM_DISABLE"] = "1"
-    work(study, task)
-
-
-def work(study: Sweep, task: Task) -> None:
-    """Claim and measure trials until all are tried."""
+def objective_of(task: Task) -> Objective:
+    """Runs the cells of what is tried on a workbench of its own."""
     from bad_neurons.compare.workbench import Workbench
 
     bench = Workbench(task.setting)
 
     def objective(tried: Options) -> dict[str, float]:
         options = merged(task.options, tried)
-        results = [bench.run(Cell("sweep", options, seed, task.examples, (1.0,))) for seed in task.seeds]
-        return measures_of(results)
+        return measures_of([bench.run(Cell("sweep", options, seed, task.examples, (1.0,))) for seed in task.seeds])
 
-    with tqdm(total=task.trials, initial=len(study.tried()), desc="trials", unit="trial") as bar:
-        while (trial := study.claim(task.trials)) is not None:
-            study.measure(trial, objective)
-            bar.update()
+    return objective
 
 
 def measures_of(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
