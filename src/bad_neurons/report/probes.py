@@ -50,7 +50,7 @@ def layers_text(row: Mapping[str, Any]) -> str:
 
 def _table(rows: Sequence[Mapping[str, Any]], sides: list[str], caption: str) -> Table:
     table = Table(caption=caption)
-    table.add_column("Probe")
+    table.add_column("Probe", no_wrap=True)
     for title in (["l2"] if "l2" in rows[0] else []) + [SIDES[side] for side in sides]:
         table.add_column(title, justify="right")
     for group, members in itertools.groupby(rows, lambda row: (row.get("features", "difference"), row["pool"], row["tokens"])):
