@@ -138,6 +138,16 @@ def test_measures_are_those_of_the_merged_model(setting, tmp_path, strength, mon
     assert any(abs(row["odds"] - odds(clean, records[row["id"]].prompt, records[row["id"]].scored)) > 0.05 for row in rows)
 
 
+def test_kl_is_not_rounding(setting, tmp_path, tiny_folder):
+    """A change that is next to nothing has a KL of next to nothing on a model in bfloat16 as well, which stays as it is."""
+    bench, (cell,) = Workbench(replace(setting, dtype="bfloat16")), cells(["random"], strengths=(1e-4, 1.0))
+    weights = [parameter.data_ptr() for parameter in bench.lm.model.parameters()]
+    little, whole = bench.run(cell)["strengths"]
+    assert 0 <= little["kl_per_token"] < 1e-7 < 1e-5 < whole["kl_per_token"]
+    assert {parameter.dtype for parameter in bench.lm.model.parameters()} == {torch.bfloat16}
+    assert weights == [parameter.data_ptr() for parameter in bench.lm.model.parameters()]
+
+
 def test_the_model_is_clean_behind_each_cell(setting):
     bench = Workbench(setting)
     ids = torch.arange(3, 40)[None]

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from bad_neurons.errors import UserError
 from bad_neurons.models import packaged
-from bad_neurons.models.load import layer_count, load_model, model_digest, resolve_device, resolve_dtype
+from bad_neurons.models.load import in_float32, layer_count, load_model, model_digest, resolve_device, resolve_dtype
 from bad_neurons.models.packaged import PackagedModel, cache_root, packaged_folder
 from bad_neurons.testing import tiny_model, tiny_tokenizer
 
@@ -196,3 +196,18 @@ def test_where_the_cache_is(monkeypatch):
     assert cache_root() == Path("/xdg/bad-neurons")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_root() == Path.home() / ".cache" / "bad-neurons"
+
+
+def test_in_float32_and_back(tiny_folder, ids):
+    """The function is that of a float32 copy of the rounded weights; afterwards not a bit has changed."""
+    model = load_model(tiny_folder("gemma3"), "bfloat16").model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rounded = model(input_ids=ids).logits
+    copy = load_model(tiny_folder("gemma3"), "float32").model
+    copy.load_state_dict({name: value.float() for name, value in before.items()})
+    with in_float32(model):
+        precise = model(input_ids=ids).logits
+    assert precise.dtype == torch.float32
+    torch.testing.assert_close(precise, copy(input_ids=ids).logits)
+    assert torch.equal(model(input_ids=ids).logits, rounded)
+    assert all(value.dtype == before[name].dtype and torch.equal(value, before[name]) for name, value in model.state_dict().items())

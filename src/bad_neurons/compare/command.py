@@ -8,11 +8,9 @@ win over the defaults.
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from tqdm.auto import tqdm
 
 from bad_neurons.artifacts import write_json, written_aside
+from bad_neurons.compare.processes import room, worker_pool
 from bad_neurons.compare.results import write_results
 from bad_neurons.compare.setting import Cell, Options, Setting, cells_of
 from bad_neurons.data.splits import sources_of
@@ -37,7 +36,6 @@ _MEASURED = ("side", "max_items", "text", "max_paragraphs", "dtype")
 _PLAN: dict[str, Any] = {"seeds": [0], "examples": [0], "strengths": [0.5, 1.0]}
 _TABLES: dict[str, Any] = {"reference": "random", "kl_levels": [0.002, 0.005, 0.01, 0.02], "kl_bound": 0.01}
 _PREPARED = ("sae", "layers", "probe", "probe-residual")  # stages of a run that methods read from
-_GIB_A_PROCESS = 4
 
 
 class _Parser(ArgumentParser):
@@ -216,9 +214,7 @@ def _outcomes(setting: Setting, cells: Sequence[Cell], folder: Path, stamp: str,
             else:
                 yield cell, None
         return
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    spawned = multiprocessing.get_context("spawn")  # forked threads of a model would hang
-    with ProcessPoolExecutor(processes, spawned, _start_worker, (setting, threads)) as pool:
+    with worker_pool(processes, _start_worker, setting) as pool:
         waiting: dict[Future[None], Cell] = {pool.submit(_work, cell, cell.path(folder, stamp)): cell for cell in cells}
         for done in as_completed(waiting):
             failed = done.exception()
@@ -231,14 +227,10 @@ def _outcomes(setting: Setting, cells: Sequence[Cell], folder: Path, stamp: str,
 _bench: Workbench | None = None  # of a worker process
 
 
-def _start_worker(setting: Setting, threads: int) -> None:
+def _start_worker(setting: Setting) -> None:
     global _bench
-    import torch
-
     from bad_neurons.compare.workbench import Workbench
 
-    torch.set_num_threads(threads)
-    os.environ["TQDM_DISABLE"] = "1"
     _bench = Workbench(setting)
 
 
@@ -249,13 +241,3 @@ def _work(cell: Cell, path: Path) -> None:
 
 def _run_cell(bench: Workbench, cell: Cell, path: Path) -> None:
     write_json(path, bench.run(cell))
-
-
-def room() -> int:
-    """Processes that fit into processor and memory; one where there is a GPU."""
-    import torch
-
-    if torch.cuda.is_available():
-        return 1
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / 2**30
-    return max(1, min(os.cpu_count() or 1, int(memory / _GIB_A_PROCESS)))

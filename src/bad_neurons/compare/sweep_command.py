@@ -16,7 +16,8 @@ from statistics import fmean
 from typing import Any, NamedTuple, NoReturn
 
 from bad_neurons.artifacts import digest_json
-from bad_neurons.compare.command import check_options, prepare, room, setting_of
+from bad_neurons.compare.command import check_options, prepare, setting_of
+from bad_neurons.compare.processes import room
 from bad_neurons.compare.setting import Cell, Options, Setting
 from bad_neurons.compare.sweep import Objective, Sweep, nested, read_space, write_results
 from bad_neurons.compare.sweep_workers import run_sweep

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import wait
 from dataclasses import replace
 
 from tqdm.auto import tqdm
 
+from bad_neurons.compare.processes import worker_pool
 from bad_neurons.compare.sweep import Objective, Sweep
 
 log = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ def run_sweep(sweep: Sweep, make: Callable[[], Objective], trials: int, processe
         if (count := min(processes, left)) == 1:
             work(sweep, make, trials, show)
             return
-        with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start, (count,)) as pool:
+        with worker_pool(count) as pool:
             waiting = {pool.submit(work, replace(sweep), make, trials) for _ in range(count)}  # without the open study
             while waiting:
                 done, waiting = wait(waiting, _POLL_SECONDS, "FIRST_COMPLETED")
@@ -60,10 +59,3 @@ def work(sweep: Sweep, make: Callable[[], Objective], trials: int, show: Callabl
     while (trial := sweep.claim(trials)) is not None:
         sweep.measure(trial, objective)
         show()
-
-
-def _start(processes: int) -> None:
-    import torch
-
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
-    os.environ["TQDM_DISABLE"] = "1"

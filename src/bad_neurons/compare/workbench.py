@@ -26,7 +26,7 @@ from bad_neurons.errors import UserError
 from bad_neurons.evaluation.evaluate import suite_name
 from bad_neurons.evaluation.side_effects import CleanStates, side_effects
 from bad_neurons.evaluation.suites import Row, score_items
-from bad_neurons.models.load import load_model
+from bad_neurons.models.load import in_float32, load_model
 from bad_neurons.models.view import view_decoder
 from bad_neurons.tuning.clean_cache import CleanCache
 from bad_neurons.tuning.edits import Edit
@@ -145,7 +145,9 @@ class Workbench:
             clean = self.clean
         with edit.scaled(strength):
             sides = score_items(self.view, self.lm.tokenizer, self.suites, edit, letters=False, clean=clean)
-            effects = side_effects(self.view, self.lm.tokenizer, self.texts, edit, clean=self._clean_states)
+            with in_float32(self.lm.model):
+                effects = side_effects(self.view, self.lm.tokenizer, self.texts, edit, clean=self._clean_states)
+        effects["kl_per_token"] = max(0.0, effects["kl_per_token"])  # of next to no change it is a rounding error on either side of 0
         return {"strength": strength, **effects, "items": _named({source: side.after or [] for source, side in sides.items()})}
 
 
