@@ -111,11 +111,11 @@ def _answers(
     """The model's answers before and after, and what there is to say of the delta's neurons. The model is gone afterwards."""
     lm = load_model(model, dtype)
     loaded = load_delta(lm.model, delta) if delta else None
+    prompts = [item.turns(system) for item in items]
     answers: list[Answer] = []
     for when in ("before", "after") if loaded else ("before",):
+        edit = digest_path(delta) if delta and when == "after" else None
         with loaded.disabled() if loaded and when == "before" else nullcontext():
-            edit = digest_path(delta) if delta and when == "after" else None
-            prompts = [item.turns(system) for item in items]
             keys = [digest_json([lm.digest, str(lm.model.dtype), edit, turns, max_new_tokens]) for turns in prompts]
             texts = _generate(lm, prompts, keys, max_new_tokens, kept, f"answers {when}")
             answers += [Answer(item, when, text) for item, text in zip(items, texts, strict=True)]
