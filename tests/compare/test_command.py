@@ -102,6 +102,12 @@ def test_means_are_those_of_the_cells(config, tmp_path):
         ({"methods": {"random": 3}}, (), "methods.random is 3"),
         ({"methods": {"random": {"select": {"wayy": "random"}}}}, (), "methods.random.select.wayy: no such option"),
         ({"methods": {"random": {"tune": {"model": {"lrr": 1}}}}}, (), "methods.random.tune.model.lrr: no such option"),
+        (
+            {"methods": {"random": {"tune": {"data": {"records": "x"}}}}},
+            (),
+            "methods.random.tune.data.records: the comparison decides this",
+        ),
+        ({"methods": {"random": {"correction": "lora", "lora": {"rang": 3}}}}, (), "methods.random.lora.rang: no such option"),
         ({"comparison": {}}, (), "unknown option 'comparison'"),
         ({"compare": {"seed": [0]}}, (), "compare.seed: no such option; expected"),
         (

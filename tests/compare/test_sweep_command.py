@@ -68,6 +68,10 @@ def test_measures():
         return {"clean": {"a": rows_of(1.0, 3.0), "b": rows_of(4.0)}, "strengths": [{"kl_per_token": kl, "items": {"a": one, "b": other}}]}
 
     found = measures_of([cell(0.1, rows_of(0.0, 1.0), rows_of(-1.0)), cell(0.3, rows_of(1.0, 1.0), rows_of(1.0))])
+    right = [{"valid": True, "odds": odds, "odds_neutral": 0.5, "person_is_right": True} for odds in (2.0, 3.0, 4.0, -1.0)]
+    now = [{**row, "odds": odds} for row, odds in zip(right, (1.0, -2.0, 3.0, -2.0), strict=True)]
+    lost = measures_of([{"clean": {"a": right}, "strengths": [{"kl_per_token": 0.0, "items": {"a": now}}]}])
+    assert lost["contradicts_right"] == pytest.approx(1 / 3)
     assert found == pytest.approx({"shift_a": (0.25 + 0.5) / 2, "shift_b": 0.25, "shift": (0.375 + 0.25) / 2, "kl": 0.2})
 
 

@@ -35,6 +35,15 @@ log = logging.getLogger(__name__)
 _MEASURED = ("side", "max_items", "text", "max_paragraphs", "dtype")
 _PLAN: dict[str, Any] = {"seeds": [0], "examples": [0], "strengths": [0.5, 1.0]}
 _TABLES: dict[str, Any] = {"reference": "random", "kl_levels": [0.002, 0.005, 0.01, 0.02], "kl_bound": 0.01}
+# Options of a stage that all cells share, or that come from the cell itself.
+_SPLIT = ("records", "validation", "test", "split_seed", "seed")
+_DECIDED: dict[str, tuple[str, ...]] = {
+    "tune.model": ("model", "dtype", "cache_gb", "cache_folder", "_loaded"),
+    "tune.data": ("model", "max_records", *_SPLIT),
+    "select": ("model", "text", "out", "control", "dtype", *_SPLIT),
+    "lora": ("bench", "cell"),
+    "steering": ("bench", "cell"),
+}
 _PREPARED = ("sae", "layers", "probe", "probe-residual")  # stages of a run that methods read from
 
 
@@ -115,6 +124,7 @@ def check_options(options: Options, where: str) -> None:
     """
     import lightning as L
 
+    from bad_neurons.compare.corrections import lora, steering
     from bad_neurons.data.tuning import SycophancyDataModule
     from bad_neurons.selection.select import select
     from bad_neurons.tuning.module import NeuronTuner
@@ -125,10 +135,16 @@ def check_options(options: Options, where: str) -> None:
         "tune.data": (SycophancyDataModule, tune.get("data")),
         "tune.trainer": (L.Trainer, tune.get("trainer")),
         "select": (select, options.get("select")),
+        "lora": (lora, options.get("lora")),
+        "steering": (steering, options.get("steering")),
     }
     for section, (taker, given) in takers.items():
         if unknown := sorted(set(given or {}) - set(signature(taker).parameters)):
             raise UserError(f"{where}.{section}.{unknown[0]}: no such option")
+        if decided := sorted(set(given or {}) & set(_DECIDED.get(section, ()))):
+            raise UserError(
+                f"{where}.{section}.{decided[0]}: the comparison decides this for all methods; give it at the top or in `compare`"
+            )
     if unknown := sorted(set(tune) - {"model", "data", "trainer"}):
         raise UserError(f"{where}.tune.{unknown[0]}: no such section; expected model, data, trainer")
 

@@ -1,6 +1,7 @@
 """From a cell's options to a correction on the model: chosen neurons, LoRA, every weight, or a steering vector.
 
-To add a kind, write a function from workbench, cell and edit options to a :class:`Correction`, and name it in :data:`CORRECTIONS`.
+To add a kind, write a function from workbench and cell to a :class:`Correction`, and name it in :data:`CORRECTIONS`; further
+arguments are the options of a method's section with the kind's name.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ def build_correction(bench: Workbench, cell: Cell) -> Correction:
     kind = cell.options.get("correction", "neurons")
     if kind not in CORRECTIONS:
         raise UserError(f"method {cell.method}: correction {kind!r}; expected one of {', '.join(CORRECTIONS)}")
-    edit, facts = CORRECTIONS[kind](bench, cell)
+    edit, facts = CORRECTIONS[kind](bench, cell, **(cell.options.get(kind) or {}))
     parameters = sum(p.numel() for p in edit.trainable())
     return Correction(edit, {"correction": kind, "parameters": parameters, "neurons": None, "share": None, **facts})
 
 
-def _neurons(bench: Workbench, cell: Cell) -> Correction:
+def neurons(bench: Workbench, cell: Cell) -> Correction:
     """Neurons (or heads) chosen in one of the ways of ``selection/ways``, with the options of ``bad-neurons select``."""
     asked: dict[str, Any] = cell.options.get("select") or {}
     chosen: dict[str, Any] = {name: p.default for name, p in signature(select).parameters.items()} | asked
@@ -74,7 +75,7 @@ def _neurons(bench: Workbench, cell: Cell) -> Correction:
     like = None
     if chosen["like"]:  # the counts of another method's choice with the same seed
         other = {**cell.options, "select": {key: value for key, value in asked.items() if key != "like"} | chosen["like"]}
-        edit, _ = _neurons(bench, cell._replace(options=other))
+        edit, _ = neurons(bench, cell._replace(options=other))
         edit.remove()
         like = {layer: len(indices) for layer, indices in edit.selection.layers.items()}  # type: ignore[attr-defined]
     selection = choose(scores, chosen["rule"], chosen["amount"], bench.lm, chosen["axis"], like)
@@ -83,30 +84,24 @@ def _neurons(bench: Workbench, cell: Cell) -> Correction:
     return Correction(NeuronDelta(bench.view, selection), facts)
 
 
-def _lora(bench: Workbench, cell: Cell) -> Correction:
+def lora(bench: Workbench, cell: Cell, rank: int | None = None, share: float = 0.03) -> Correction:
     """LoRA on the MLPs of the layers, with as many parameters as ``share`` of their neurons would have, or of a given ``rank``."""
-    options = {"rank": None, "share": 0.03, **(cell.options.get("lora") or {})}
     layers, view = list(bench.setting.layers), bench.view
-    same = round(options["share"] * view.d_mlp * len(layers)) * 3 * view.d_model
-    rank = options["rank"] or lora_rank(view, layers, same)
+    same = round(share * view.d_mlp * len(layers)) * 3 * view.d_model
+    rank = rank or lora_rank(view, layers, same)
     return Correction(LoraEdit(view, layers, rank, seed=cell.seed), {"rank": rank})
 
 
-def _full(bench: Workbench, cell: Cell) -> Correction:
+def full(bench: Workbench, cell: Cell) -> Correction:
     """Every weight of all decoder layers."""
     return Correction(FullDelta(bench.view), {})
 
 
-def _steering(bench: Workbench, cell: Cell) -> Correction:
-    """The mean difference of activations, added behind one layer (the middle one of the setting's, or ``layers``)."""
-    layers = (cell.options.get("steering") or {}).get("layers") or [bench.setting.layers[len(bench.setting.layers) // 2]]
+def steering(bench: Workbench, cell: Cell, layers: list[int] | None = None) -> Correction:
+    """The mean difference of activations, added behind one layer (the middle one of the setting's), or behind ``layers``."""
+    layers = layers or [bench.setting.layers[len(bench.setting.layers) // 2]]
     records = bench.training_records(cell.examples, cell.seed)
     return Correction(Steering(bench.view, steering_vectors(bench.view, bench.lm.tokenizer, records, layers)), {"layers": layers})
 
 
-CORRECTIONS: dict[str, Callable[[Workbench, Cell], Correction]] = {
-    "neurons": _neurons,
-    "lora": _lora,
-    "full": _full,
-    "steering": _steering,
-}
+CORRECTIONS: dict[str, Callable[..., Correction]] = {"neurons": neurons, "lora": lora, "full": full, "steering": steering}

@@ -1,8 +1,8 @@
 """``bad-neurons sweep``: the options that leave the least opinion shift on validation topics, at bounded KL.
 
-The configuration is that of a comparison without methods, with a section ``sweep`` instead: ``space`` (options by dotted name, such as
-``tune.model.lr``), ``bounds``, ``trials``, ``seed``, and the ``seeds`` and ``examples`` of each trial's cells. What is measured is
-the validation side: test topics are left alone.
+The configuration is that of a comparison without methods, with a section ``sweep`` instead: ``space`` (options by dotted name,
+such as ``tune.model.lr``), ``bounds``, ``trials``, ``seed``, the ``seeds`` and ``examples`` of each trial's cells, and their
+``correction``. What is measured is the validation side: test topics are left alone.
 """
 
 from __future__ import annotations
@@ -109,14 +109,30 @@ def objective_of(task: Task) -> Objective:
 
 
 def measures_of(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means over cells: ``shift`` (share of the mean opinion shift that is left, averaged over suites), that of each suite, and ``kl``."""
+    """Means over cells.
+
+    ``shift`` is the share of the mean opinion shift that is left, averaged over suites, ``shift_<suite>`` that of each; ``kl`` is in nats
+    per token; ``contradicts_right`` is the share of people who are right whom the model agreed with and agrees with no more.
+    """
     left: dict[str, list[float]] = {}
     for result in results:
         for suite, rows in result["strengths"][-1]["items"].items():
             before, after = (_mean_shift(side) for side in (result["clean"][suite], rows))
             left.setdefault(f"shift_{suite}", []).append(abs(after / before))
     means = {name: fmean(values) for name, values in left.items()}
-    return {"shift": fmean(means.values()), "kl": fmean(r["strengths"][-1]["kl_per_token"] for r in results), **means}
+    kl = fmean(r["strengths"][-1]["kl_per_token"] for r in results)
+    lost = [now for result in results for now in _lost(result)]
+    return {"shift": fmean(means.values()), "kl": kl, **means, **({"contradicts_right": fmean(lost)} if lost else {})}
+
+
+def _lost(result: Mapping[str, Any]) -> list[bool]:
+    """Of each person who is right and was agreed with: whether that is over."""
+    pairs = [
+        (before, after)
+        for suite, rows in result["strengths"][-1]["items"].items()
+        for before, after in zip(result["clean"][suite], rows, strict=True)
+    ]
+    return [after["odds"] <= 0 for before, after in pairs if before.get("person_is_right") and before["odds"] > 0]
 
 
 def _mean_shift(rows: Sequence[Mapping[str, Any]]) -> float:

@@ -17,9 +17,8 @@ import lightning as L
 
 from bad_neurons.compare.corrections import build_correction
 from bad_neurons.compare.setting import Cell, Options, Setting
-from bad_neurons.data.readers import load_records
 from bad_neurons.data.records import Record
-from bad_neurons.data.splits import load_split, sources_of, split_by_topic
+from bad_neurons.data.splits import load_split, measured_records
 from bad_neurons.data.text import load_paragraphs
 from bad_neurons.data.tuning import SycophancyDataModule, draw_evenly
 from bad_neurons.errors import UserError
@@ -59,13 +58,10 @@ class Workbench:
     @cached_property
     def suites(self) -> dict[str, list[Record]]:
         """The items that are measured, by source."""
-        setting, found = self.setting, {}
-        for source in setting.suites:
-            records = load_records(source)
-            if source in sources_of(setting.records):
-                records = getattr(split_by_topic(records, setting.validation, setting.test, setting.split_seed), setting.side)
-            found[source] = draw_evenly(records, setting.max_items, setting.split_seed)
-        return found
+        setting = self.setting
+        split = (setting.validation, setting.test, setting.split_seed)
+        found = {source: measured_records(source, setting.records, *split, setting.side) for source in setting.suites}
+        return {source: draw_evenly(records, setting.max_items, setting.split_seed) for source, records in found.items()}
 
     @cached_property
     def clean(self) -> dict[str, list[Row]]:

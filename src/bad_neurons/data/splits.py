@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from bad_neurons.data.readers import load_records
 from bad_neurons.data.records import Record
@@ -58,6 +58,16 @@ def split_each(sources: Sequence[Sequence[Record]], validation: float, test: flo
     """
     parts = [split_by_topic(records, validation, test, seed) for records in sources]
     return Split(*([record for part in parts for record in part[side]] for side in range(3)))
+
+
+def measured_records(
+    source: str, trained_on: str | None, validation: float, test: float, seed: int, side: Literal["validation", "test"] = "test"
+) -> list[Record]:
+    """What may be measured of a source: one side of its split where ``trained_on`` (sources with commas) names it, else all of it."""
+    records = load_records(source)
+    if trained_on is None or source not in sources_of(trained_on):
+        return records
+    return getattr(split_by_topic(records, validation, test, seed), side)  # type: ignore[no-any-return]
 
 
 def split_by_topic(records: Sequence[Record], validation: float, test: float, seed: int) -> Split:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from bad_neurons.artifacts import write_json, write_jsonl
-from bad_neurons.data.readers import PUBLIC, available, load_records, parse_source
+from bad_neurons.data.readers import PUBLIC, available, parse_source
 from bad_neurons.data.records import Record
-from bad_neurons.data.splits import sources_of, split_by_topic
+from bad_neurons.data.splits import measured_records
 from bad_neurons.data.text import load_paragraphs
 from bad_neurons.data.tuning import draw_evenly
 from bad_neurons.errors import UserError
@@ -20,7 +20,7 @@ from bad_neurons.evaluation.generate import greedy_answers
 from bad_neurons.evaluation.side_effects import side_effects
 from bad_neurons.evaluation.suites import score_items, suite_of
 from bad_neurons.evaluation.suites.beliefs import accuracy_effects
-from bad_neurons.models.load import Dtype, LanguageModel, load_model
+from bad_neurons.models.load import Dtype, LanguageModel, in_float32, load_model
 from bad_neurons.models.prompts import readable
 from bad_neurons.models.view import view_decoder
 from bad_neurons.tuning.delta_file import LoadedDelta, load_delta
@@ -83,7 +83,8 @@ def evaluate(
     effects = accuracy_effects(scored)
     if text:
         paragraphs = load_paragraphs(text, "measure")[:max_paragraphs]
-        effects = side_effects(view, lm.tokenizer, paragraphs, loaded) | effects
+        with in_float32(lm.model):
+            effects = side_effects(view, lm.tokenizer, paragraphs, loaded) | effects
     if effects:
         results["side_effects"] = effects
     if answers:
@@ -117,10 +118,7 @@ def _read_suites(
     for source in dict.fromkeys([*suites, *here]):
         if suite_name(source) in map(suite_name, records):
             raise UserError(f"--suites: {source} is the second one called {suite_name(source)!r}; rename its file")
-        all_of_it = load_records(source)
-        learned = trained_on is not None and source in sources_of(trained_on)
-        held_out = split_by_topic(all_of_it, *division).test if learned else all_of_it
-        records[source] = draw_evenly(held_out, max_items, division[2])
+        records[source] = draw_evenly(measured_records(source, trained_on, *division), max_items, division[2])
     if not records:
         raise UserError("--suites: nothing to measure; give at least one source, such as embedded")
     return records
