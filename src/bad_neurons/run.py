@@ -30,14 +30,17 @@ from bad_neurons.plan import Config, Stage, plan, read_run_config
 log = logging.getLogger(__name__)
 
 
-class _Parser(ArgumentParser):
+class CommandParser(ArgumentParser):
+    """A parser whose complaints are one line, like everybody else's."""
+
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"run: {message}")
+        """Refuse the arguments."""
+        raise UserError(f"{self.prog.removeprefix('bad-neurons ')}: {message}")
 
 
 def run_command(arguments: list[str]) -> None:
     """``bad-neurons run --config FILE [--out FOLDER] [--force STAGE]``."""
-    parser = _Parser(prog="bad-neurons run", description=run.__doc__)
+    parser = CommandParser(prog="bad-neurons run", description=run.__doc__)
     parser.add_argument("--config", required=True, help="YAML file of the run, such as configs/quickstart.yaml")
     parser.add_argument("--out", help="folder of the results, instead of the configuration's `out`")
     parser.add_argument(

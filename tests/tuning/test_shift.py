@@ -104,6 +104,23 @@ def test_weight_of_the_term_in_the_tuner(tiny_folder, batches, choose, tiny):
     assert losses[2.0] - losses[0.0] == pytest.approx(2.0 * tokens / records * term, rel=1e-4)
 
 
+def test_passes_kept_without_the_term_serve_it_later(tiny_folder, batches, choose, tiny, tmp_path):
+    made, _ = batches()
+
+    def loss(weight, folder=None):
+        tuner = NeuronTuner(tiny_folder(), dtype="float32", shift_weight=weight, cache_folder=folder)
+        edit = tuner.attach_neurons(choose(tiny()))
+        with torch.no_grad():
+            for parameter in edit.trainable():
+                parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(5))
+        return float(tuner.losses(made[0]).loss.detach()), tuner.clean_cache.hits
+
+    folder = str(tmp_path / "cache")
+    assert loss(0.0, folder) == (loss(0.0)[0], 0)
+    assert loss(2.0, folder) == (loss(2.0)[0], 1)
+    assert loss(2.0)[0] != loss(0.0)[0]
+
+
 def test_target_shift_asks_for_nothing_else(tiny_folder, batches, choose, tiny):
     """The loss is the term and alpha times the KL of retention text; the words of answers have no other weight."""
     made, _ = batches("shift")

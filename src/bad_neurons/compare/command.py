@@ -8,12 +8,11 @@ win over the defaults.
 from __future__ import annotations
 
 import logging
-from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
@@ -24,7 +23,7 @@ from bad_neurons.compare.setting import Cell, Options, Setting, cells_of
 from bad_neurons.data.splits import sources_of
 from bad_neurons.errors import UserError
 from bad_neurons.plan import Config, chosen_layers, merged, plan, read_run_config
-from bad_neurons.run import run_stage
+from bad_neurons.run import CommandParser, run_stage
 
 if TYPE_CHECKING:
     from bad_neurons.compare.workbench import Workbench
@@ -47,14 +46,9 @@ _DECIDED: dict[str, tuple[str, ...]] = {
 _PREPARED = ("sae", "layers", "probe", "probe-residual")  # stages of a run that methods read from
 
 
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"compare: {message}")
-
-
 def compare_command(arguments: list[str]) -> None:
     """``bad-neurons compare --config FILE [--out FOLDER] [--processes N] [--only METHOD]``."""
-    parser = _Parser(prog="bad-neurons compare", description=(__doc__ or "").partition("\n")[0])
+    parser = CommandParser(prog="bad-neurons compare", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--config", required=True, help="YAML file of the comparison, such as configs/compare-quick.yaml")
     parser.add_argument("--out", help="folder of the results, instead of the configuration's `out`")
     parser.add_argument(

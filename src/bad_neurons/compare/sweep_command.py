@@ -8,12 +8,11 @@ such as ``tune.model.lr``), ``bounds``, ``trials``, ``seed``, the ``seeds`` and 
 from __future__ import annotations
 
 import logging
-from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from bad_neurons.artifacts import digest_json
 from bad_neurons.compare.command import check_options, prepare, setting_of
@@ -23,15 +22,11 @@ from bad_neurons.compare.sweep import Objective, Sweep, nested, read_space, writ
 from bad_neurons.compare.sweep_workers import run_sweep
 from bad_neurons.errors import UserError
 from bad_neurons.plan import merged, read_run_config
+from bad_neurons.run import CommandParser
 
 log = logging.getLogger(__name__)
 
 _DEFAULTS: dict[str, Any] = {"bounds": {"kl": 0.01}, "trials": 40, "seed": 0, "seeds": [0], "examples": 128}
-
-
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"sweep: {message}")
 
 
 class Task(NamedTuple):
@@ -52,7 +47,7 @@ class Task(NamedTuple):
 
 def sweep_command(arguments: list[str]) -> None:
     """``bad-neurons sweep --config FILE [--out FOLDER] [--trials N] [--processes N]``."""
-    parser = _Parser(prog="bad-neurons sweep", description=(__doc__ or "").partition("\n")[0])
+    parser = CommandParser(prog="bad-neurons sweep", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--config", required=True, help="YAML file of the sweep, such as configs/sweep.yaml")
     parser.add_argument("--out", help="folder of the study and the results, instead of the configuration's `out`")
     parser.add_argument("--trials", type=int, help="how many are tried in all, instead of the configuration's; the same command goes on")

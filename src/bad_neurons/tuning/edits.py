@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from bad_neurons.errors import UserError
 from bad_neurons.models.view import DecoderView
@@ -92,50 +93,32 @@ def check_fits(view: DecoderView, selection: NeuronSelection, model_digest: str 
         )
 
 
-class NeuronDelta(nn.Module):
-    """The chosen rows and columns as float32 parameters that start at zero, added by forward hooks.
+class AddedChange(nn.Module):
+    """Float32 parameters that start at zero and are added to what frozen modules give, by forward hooks.
 
-    ``y = W x`` becomes ``y + D x[idx]`` for chosen columns (D [out, k]) and ``y[idx] + D x`` for chosen rows (D [k, in]).
+    A kind of change registers its parameters in ``values`` (a file's name with dashes, since a parameter's may hold no dot), what
+    they multiply in ``_reads`` and its hooks in ``_handles``, and lets each hook ask :meth:`_scaled`.
     """
 
-    def __init__(self, view: DecoderView, selection: NeuronSelection) -> None:
+    def __init__(self, first_layer: int, digest: str) -> None:
         super().__init__()
-        self.selection, self.first_layer, self.digest = selection, selection.first_layer, selection.digest
+        self.first_layer, self.digest = first_layer, digest
         self._dial = Dial()
         self.values = nn.ParameterDict()
         self._reads: dict[nn.Parameter, Reads] = {}
-        self._handles = []
-        for layer, indices in selection.layers.items():
-            at = owned(view, selection.axis, indices)
-            for matrix, rows in PARTS[selection.axis]:
-                linear = view.layers[layer].matrix(matrix)
-                shape = (len(at), linear.in_features) if rows else (linear.out_features, len(at))
-                key = delta_name(layer, matrix).replace(".", "-")  # a dot is not allowed in a parameter's name
-                device = linear.weight.device
-                self.values[key] = nn.Parameter(torch.zeros(shape, device=device))
-                self._reads[self.values[key]] = Reads(layer, linear, None if rows else torch.tensor(at))
-                self.register_buffer(f"index-{key}", torch.tensor(at, device=device), persistent=False)
-                self._handles.append(linear.register_forward_hook(self._hook(key, rows)))
+        self._handles: list[RemovableHandle] = []
 
-    def _hook(self, key: str, rows: bool) -> Any:
-        def add(linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            factor = self._dial.factor
-            if not factor:
-                return None
-            x, at = args[0], self.get_buffer(f"index-{key}")
-            delta = (self.values[key] if factor == 1 else factor * self.values[key]).to(x.dtype)
-            if rows:
-                return output.index_add(-1, at, F.linear(x, delta))
-            return output + F.linear(x.index_select(-1, at), delta)
-
-        return add
+    def _scaled(self, key: str) -> Tensor:
+        """A parameter times the factor that it counts now."""
+        value: Tensor = self.values[key]
+        return value if self._dial.factor == 1 else self._dial.factor * value
 
     def trainable(self) -> list[nn.Parameter]:
-        """One parameter a layer and matrix."""
+        """The parameters."""
         return list(self.values.values())
 
     def reads(self) -> Mapping[nn.Parameter, Reads]:
-        """The inputs of its map: all of them for rows, the chosen ones for columns."""
+        """What each parameter of a linear map multiplies."""
         return self._reads
 
     def scaled(self, factor: float) -> AbstractContextManager[None]:
@@ -147,7 +130,7 @@ class NeuronDelta(nn.Module):
         return self.scaled(0.0)
 
     def after_step(self) -> None:
-        """Nothing: the frozen matrices were never the optimizer's."""
+        """Nothing: the frozen weights were never the optimizer's."""
 
     def deltas(self) -> dict[str, Tensor]:
         """The parameters by file name."""
@@ -157,7 +140,7 @@ class NeuronDelta(nn.Module):
         """Set the parameters.
 
         Raises:
-            UserError: another set of layers or other shapes.
+            UserError: other names or shapes.
         """
         check_same(self.deltas(), deltas)
         with torch.no_grad():
@@ -169,6 +152,40 @@ class NeuronDelta(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+class NeuronDelta(AddedChange):
+    """The chosen rows and columns as float32 parameters that start at zero, added by forward hooks.
+
+    ``y = W x`` becomes ``y + D x[idx]`` for chosen columns (D [out, k]) and ``y[idx] + D x`` for chosen rows (D [k, in]).
+    """
+
+    def __init__(self, view: DecoderView, selection: NeuronSelection) -> None:
+        super().__init__(selection.first_layer, selection.digest)
+        self.selection = selection
+        for layer, indices in selection.layers.items():
+            at = owned(view, selection.axis, indices)
+            for matrix, rows in PARTS[selection.axis]:
+                linear = view.layers[layer].matrix(matrix)
+                shape = (len(at), linear.in_features) if rows else (linear.out_features, len(at))
+                key = delta_name(layer, matrix).replace(".", "-")
+                device = linear.weight.device
+                self.values[key] = nn.Parameter(torch.zeros(shape, device=device))
+                self._reads[self.values[key]] = Reads(layer, linear, None if rows else torch.tensor(at))
+                self.register_buffer(f"index-{key}", torch.tensor(at, device=device), persistent=False)
+                self._handles.append(linear.register_forward_hook(self._hook(key, rows)))
+
+    def _hook(self, key: str, rows: bool) -> Any:
+        def add(linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if not self._dial.factor:
+                return None
+            x, at = args[0], self.get_buffer(f"index-{key}")
+            delta = self._scaled(key).to(x.dtype)
+            if rows:
+                return output.index_add(-1, at, F.linear(x, delta))
+            return output + F.linear(x.index_select(-1, at), delta)
+
+        return add
 
 
 class MaskedMatrices(nn.Module):

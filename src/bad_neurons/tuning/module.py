@@ -164,15 +164,21 @@ class NeuronTuner(L.LightningModule):
         """What the clean model says of the batch: kept from an earlier epoch or run, or computed now."""
         cache = self.clean_cache
         if (kept := cache.get(batch.key)) is not None:
-            return CleanPass(*(None if t is None else t.to(self.device, non_blocking=True) for t in kept))  # type: ignore[arg-type]
+            here = CleanPass(*(None if t is None else t.to(self.device, non_blocking=True) for t in kept))  # type: ignore[arg-type]
+            return self._with_odds(here, batch)
         with self._edit.disabled(), torch.no_grad():
             hidden = run_layers(self.view, frame, frame.embedded, last=self._edit.first_layer)
             final = finish(self.view, frame, hidden, self._edit.first_layer, batch.at, self._run)  # as the tuned side: KL 0 at the start
             teacher = final_hidden(self.view, *batch.teacher) if batch.teacher else None
-            odds = log_odds(self.view, teacher, batch.pairs) if teacher is not None and batch.pairs else None
-        clean = CleanPass(hidden[batch.rows.attention_mask.bool()], final, teacher, odds)
+        clean = self._with_odds(CleanPass(hidden[batch.rows.attention_mask.bool()], final, teacher), batch)
         cache.put(batch.key, clean)
         return clean
+
+    def _with_odds(self, clean: CleanPass, batch: TuningBatch) -> CleanPass:
+        """With the teacher's log-odds, where the loss asks for them and nobody has computed them yet: they cost a pass of the head."""
+        if not self.shift_weight or clean.odds is not None or clean.teacher is None or batch.pairs is None:
+            return clean
+        return clean._replace(odds=log_odds(self.view, clean.teacher, batch.pairs))
 
     @override
     def training_step(self, batch: TuningBatch, batch_idx: int) -> Tensor:
