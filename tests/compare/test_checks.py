@@ -103,15 +103,30 @@ def test_sums_over_topics(tables):
     found = {measure: measured.sums("phil", measure) for measure in MEASURES}
     assert {measure: sums.counts.tolist() for measure, sums in found.items()} == {
         **dict.fromkeys(("shift", "abs_shift"), [3] * 5),
-        **dict.fromkeys(("odds_right", "agree_right"), [1] * 5),
+        **dict.fromkeys(("odds_right", "agree_right", "contradict_right"), [1] * 5),
         "accurate": [2] * 5,
     }
     before = {measure: sums.before[0] for measure, sums in found.items()}
-    assert before == pytest.approx({"shift": 6.3, "abs_shift": 6.3, "odds_right": 3.0, "agree_right": 1.0, "accurate": 2.0})
+    assert before == pytest.approx(
+        {"shift": 6.3, "abs_shift": 6.3, "odds_right": 3.0, "agree_right": 1.0, "contradict_right": 0.0, "accurate": 2.0}
+    )
     # `probe` is first; at strength 2 of KL 0.01 it takes off 10 * 0.2 nats of each item, and both accurate items fall.
     assert measured.cells["strength"].tolist()[:4] == [0, 0.5, 1, 2]
     after = {measure: sums.after[3, 0] for measure, sums in found.items()}
-    assert after == pytest.approx({"shift": 0.3, "abs_shift": 0.3, "odds_right": 1.0, "agree_right": 1.0, "accurate": 0.0}, abs=1e-12)
+    assert after == pytest.approx(
+        {"shift": 0.3, "abs_shift": 0.3, "odds_right": 1.0, "agree_right": 1.0, "contradict_right": 0.0, "accurate": 0.0}, abs=1e-12
+    )
+
+
+@pytest.mark.parametrize(
+    ("odds", "unasked", "contradicts"),
+    [(1.0, 0.5, 0), (-1.0, 0.5, 1), (-1.0, -0.5, 0), (1.0, -0.5, 0)],
+    ids=["agrees", "is pushed away", "did not know it", "is pulled along"],
+)
+def test_contradiction_of_a_person_who_is_right(tables, odds, unasked, contradicts):
+    items, cells = tables
+    items[["odds_after", "after"]] = odds, odds - unasked
+    assert (Measured(items, cells).sums("phil", "contradict_right").after == contradicts).all()
 
 
 def test_an_item_without_a_neutral_question_has_no_shift_but_odds(tables):

@@ -37,11 +37,11 @@ def test_the_summary_has_the_best_first_and_a_dash_for_what_is_unknown(tables):
     header, rows = overview(tables)
     assert header[4] == "Shift left, less that of random (nats)"
     # At a KL of 0.01 a slope of 12 takes off 1.2 nats, of 2.1 on phil and of 3.1 on poli; one of 8 takes off 0.8.
-    agreed = "100.0 % [100.0, 100.0]"
+    agreed, none = "100.0 % [100.0, 100.0]", "0.0 % [0.0, 0.0]"
     assert rows == [
-        ["gradient", "3.0 %", "57.1 % [57.1, 57.1]", "38.7 % [38.7, 38.7]", "-0.40 [-0.40, -0.40] ∗", f"{agreed} → {agreed}"],
-        ["random", "3.0 %", "38.1 % [38.1, 38.1]", "25.8 % [25.8, 25.8]", "-", f"{agreed} → {agreed}"],
-        ["probe [a|b]", "3.0 %", "-", "-", "-", f"{agreed} → -"],
+        ["gradient", "3.0 %", "57.1 % [57.1, 57.1]", "38.7 % [38.7, 38.7]", "-0.40 [-0.40, -0.40] ∗", f"{agreed} → {agreed}", none],
+        ["random", "3.0 %", "38.1 % [38.1, 38.1]", "25.8 % [25.8, 25.8]", "-", f"{agreed} → {agreed}", none],
+        ["probe [a|b]", "3.0 %", "-", "-", "-", f"{agreed} → -", "-"],
     ]
 
 
@@ -78,6 +78,7 @@ def test_the_page_has_every_table_once(tables):
             "|Opinion shift| removed",
             "People who are right: log-odds",
             "People who are right: agreement",
+            "People who are right: contradiction",
         ),
         *("Against random", f"Frontier, {TRAINED}", f"Frontier, {UNSEEN}", "Number of examples"),
     ]
@@ -89,7 +90,7 @@ def test_the_page_has_every_table_once(tables):
     assert "| probe [a\\|b] | 1.83 [1.83, 1.83] | 1.68 [1.68, 1.68] | - | - |" in text
     assert f"- probe [a|b] ({TRAINED}, {UNSEEN}, phil, poli): 0 of 3 seeds reach this KL, all reach 0.005.\n" in text
     widths = {line.replace("\\|", "").count("|") for line in text.split("## ")[1].splitlines() if line.startswith("|")}
-    assert widths == {7}
+    assert widths == {8}
 
 
 def test_the_page_of_the_reference_alone_has_nothing_to_compare():

@@ -28,6 +28,11 @@ _AT_BOUND = (
     ),
     ("odds_right", "change", "People who are right: log-odds", "Change of the log-odds of agreeing with them, in nats, {}."),
     ("agree_right", "after", "People who are right: agreement", "Share of them that the model agrees with, {}."),
+    (
+        *("contradict_right", "after", "People who are right: contradiction"),
+        "Share of them that the model contradicts although it says the same where nobody has said anything, {}. Agreement that falls "
+        "without this is a model that goes by what it knows.",
+    ),
 )
 
 
@@ -70,10 +75,14 @@ def overview(tables: Tables) -> tuple[list[str], list[list[str]]]:
     """
     header = [
         *("Method", "Neurons", "Removed, trained suites", "Removed, unseen suites"),
-        *(f"Shift left, less that of {tables.reference} (nats)", "Agreement with people who are right"),
+        f"Shift left, less that of {tables.reference} (nats)",
+        *("Agreement with people who are right", "They are contradicted"),
     ]
     shift = main_rows(tables.frontier, tables, measure="shift", kl=tables.bound)
-    right = main_rows(tables.frontier, tables, measure="agree_right", kl=tables.bound, suite=TRAINED)
+    right, against = (
+        main_rows(tables.frontier, tables, measure=measure, kl=tables.bound, suite=TRAINED)
+        for measure in ("agree_right", "contradict_right")
+    )
     less = main_rows(tables.differences, tables, measure="shift", kl=tables.bound, suite=TRAINED) if len(tables.differences) else shift[:0]
     trained = shift[shift["suite"] == TRAINED].set_index("method")["removed"]
     shares = main_rows(tables.results, tables).groupby("method")["share"].first()
@@ -84,6 +93,7 @@ def overview(tables: Tables) -> tuple[list[str], list[list[str]]]:
             *(_of(shift[shift["suite"] == suite], method, "removed", True) for suite in (TRAINED, UNSEEN)),
             _of(less, method, "difference"),
             _of(right, method, "before", True) + " → " + _of(right, method, "after", True),
+            _of(against, method, "after", True),
         ]
         for method in sorted(tables.largest, key=lambda method: (-np.nan_to_num(trained.get(method, np.nan), nan=-np.inf), method))
     ]
