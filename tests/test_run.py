@@ -180,7 +180,7 @@ def test_only_the_way_probe_selects_by_the_probe(finished):
     like = Path("other/neurons.json")
     for section, inputs in (
         ({"way": "probe"}, probes),
-        ({"way": "gradient"}, [*probes, records]),  # whose layers are the candidates
+        ({"way": "gradient"}, [records]),
         ({"way": "gradient", "layers": [2]}, [records]),
         ({"way": "random", "layers": [2], "rule": "same_counts", "like": str(like)}, [records, like]),
     ):
@@ -188,6 +188,31 @@ def test_only_the_way_probe_selects_by_the_probe(finished):
         assert list(stage.inputs) == inputs, section
         assert {**stage.config, **section} == stage.config
         assert (stage.config["records"], stage.config["seed"], stage.config["test"]) == (config["records"], 5, 0.2)
+        if section["way"] != "probe":
+            assert stage.config["layers"] == section.get("layers", config["layers"])
+
+
+def test_a_probe_that_nothing_reads_is_made_only_when_asked_for(finished):
+    config = {key: value for key, value in read_run_config(finished / "run.yaml").items() if key not in ("sae", "probe")}
+    for select, asked, stages in (
+        ({}, {}, STAGES),
+        ({"way": "fisher"}, {}, STAGES[3:]),
+        ({"way": "fisher"}, {"probe": {}}, STAGES),
+        ({"way": "fisher"}, {"layers": {"greedy": {"budget": 1}}}, ["layers", *STAGES[3:]]),
+    ):
+        assert list(plan({**config, "select": select, **asked}, Path("somewhere"))) == stages, (select, asked)
+
+
+def test_a_run_without_a_probe(finished, tmp_path):
+    config = yaml.safe_load((finished / "run.yaml").read_text())
+    config = {key: value for key, value in config.items() if key not in ("sae", "probe")} | {"out": str(tmp_path / "run")}
+    config["select"] = {"way": "fisher", "axis": "intermediate", "rule": "top_fraction", "amount": 0.1}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    assert main(["run", "--config", str(tmp_path / "run.yaml")]) == 0
+    assert not (tmp_path / "run" / "probe").exists()
+    rule = read(tmp_path / "run" / "selection" / "neurons.json")["rule"]
+    assert (rule["way"], rule["name"]) == ("fisher", "top_fraction")
+    assert "Probe weights" not in (tmp_path / "run" / "report.html").read_text()
 
 
 def copy_of(finished: Path, tmp_path: Path) -> Path:

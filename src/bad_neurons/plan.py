@@ -113,6 +113,16 @@ class _Run:
     def sae(self) -> str:
         return self.pretrained_sae or str(self.folder / "sae")
 
+    @property
+    def decoded(self) -> bool:
+        """Whether neurons are chosen by decoding a probe."""
+        return bool(self.section("select").get("way", "probe") == "probe")
+
+    @property
+    def probed(self) -> bool:
+        """Whether SAEs and probes are made: something reads them, or a section asks for them."""
+        return self.decoded or self.choice.on_sae or any(self.config.get(name) is not None for name in ("sae", "probe", "probes"))
+
     def sae_folders(self, layers: list[int]) -> tuple[Path, ...]:
         """Folders of the layers' SAEs that the run itself trains."""
         return () if self.pretrained_sae else tuple(self.folder / "sae" / f"layer-{layer}" for layer in layers)
@@ -151,14 +161,14 @@ def plan(config: Config, folder: Path) -> dict[str, Callable[[], Stage]]:
     the stages before it are done.
     """
     run = _Run(config, folder)
-    saes = {} if run.pretrained_sae else {"sae": partial(_sae, run)}
+    saes = {"sae": partial(_sae, run)} if run.probed and not run.pretrained_sae else {}
+    probes = {name: partial(_probe, run, name, features) for name, features in (("probe", "sae"), ("probe-residual", "residual"))}
     layers = {} if run.choice.greedy is None else {"layers": partial(_layers, run)}
     first = {**saes, **layers} if run.choice.on_sae else {**layers, **saes}
     compared = {"probes": partial(_probes, run)} if "probes" in config else {}
     return {
         **first,
-        "probe": partial(_probe, run, "probe", "sae"),
-        "probe-residual": partial(_probe, run, "probe-residual", "residual"),
+        **(probes if run.probed else {}),
         **compared,
         "selection": partial(_selection, run),
         "tuning": partial(_tuning, run),
@@ -206,13 +216,11 @@ def _probes(run: _Run) -> Stage:
 
 
 def _selection(run: _Run) -> Stage:
-    probe, control = run.probe("probe"), run.probe("probe-residual")
+    probes = {"probe": run.probe("probe"), "control": run.probe("probe-residual")} if run.decoded else {}
+    read = {name: str(path) for name, path in probes.items()} | {"sae": run.sae} if run.decoded else {"layers": run.choice.layers}
     data = {"records": run.records, **run.split, "seed": run.config.get("seed", 0)}
-    own = {"model": run.model, "probe": str(probe), "control": str(control), "sae": run.sae, **data, "out": str(run.neurons.parent)}
-    config = merged(own, run.section("select"))
-    decoded = config.get("way", "probe") == "probe"
-    inputs = [probe, control] if decoded or config.get("layers") is None else []
-    inputs += [] if decoded else _record_files(config)
+    config = merged({"model": run.model, **read, **data, "out": str(run.neurons.parent)}, run.section("select"))
+    inputs = [*probes.values()] if run.decoded else [*_record_files(config)]
     inputs += [Path(config["like"])] if config.get("like") else []
     return Stage("selection", ("select",), config, tuple(inputs), (run.neurons,))
 

@@ -180,7 +180,7 @@ def prepare(config: Config, folder: Path, methods: dict[str, Options]) -> None:
     """Run the stages that some method reads from: the choice of layers, SAEs and probes."""
     decoded = any(method["select"].get("way", "probe") == "probe" for method in methods.values() if _chooses(method))
     wanted = _PREPARED if decoded else ("layers",)
-    run = {key: value for key, value in config.items() if key not in ("compare", "methods", "sweep")}
+    run = {key: value for key, value in config.items() if key not in ("compare", "methods", "sweep", "select")}
     for name, stage in plan(run, folder).items():
         if name in wanted:
             run_stage(stage(), folder, force=False)
