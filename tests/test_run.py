@@ -212,7 +212,9 @@ def test_a_run_without_a_probe(finished, tmp_path):
     assert not (tmp_path / "run" / "probe").exists()
     rule = read(tmp_path / "run" / "selection" / "neurons.json")["rule"]
     assert (rule["way"], rule["name"]) == ("fisher", "top_fraction")
-    assert "Probe weights" not in (tmp_path / "run" / "report.html").read_text()
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "bad-neurons probe fit" not in report  # what to do for a probe that nobody wants
+    assert '<section id="neurons">' in report
 
 
 def copy_of(finished: Path, tmp_path: Path) -> Path:

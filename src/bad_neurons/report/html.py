@@ -108,7 +108,7 @@ def _context(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     config = (run / "config.yaml").read_text(encoding="utf-8", errors="replace") if (run / "config.yaml").is_file() else None
     selection = _object(run / "selection" / "neurons.json")
     decoded = ((selection or {}).get("rule") or {}).get("way", "probe") == "probe"  # else a plot of weights is of an earlier choice
-    curves = _curves(run / "tuning" / "metrics.csv")
+    curves, sae, probes = _curves(run / "tuning" / "metrics.csv"), _object(run / "sae" / "metrics.json"), _probes(run)
     choice, compared = _object(run / "layers" / "layers.json"), _object(run / "probes" / "probes.json")
     figures = {
         "shift": plots.plot_shift(shifts) if shifts else None,
@@ -129,13 +129,14 @@ def _context(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
         "people": _people(suites),
         "side_effects": [[_typeset(text) for text in row] for row in terminal.side_effect_rows(results.get("side_effects") or {})],
         "facts": _facts(results, selection, config),
-        "sae": _object(run / "sae" / "metrics.json"),
+        "sae": sae,
         "choice": choice,
         "scores": plots.SCORES,
-        "probes": _probes(run),
+        "probes": probes,
         "compared": page_of_probes(compared) if compared else None,
         "weights_plot": _png(run / "selection" / "weights.png") if decoded else None,
         "decoded": decoded,
+        "probed": bool(decoded or sae or probes or compared),  # a run may do without
         **{f"{name}_plot": plots.data_uri(figure) if figure is not None else None for name, figure in figures.items()},
         "answers": _answers(run / "evaluation" / "answers.jsonl"),
         "seconds": results.get("seconds") or {},
