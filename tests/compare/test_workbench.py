@@ -65,6 +65,10 @@ def test_every_method_with_every_seed_and_number_of_examples():
         ("a", 0, 0, (0.5, 1.0)), ("a", 1, 0, (0.5, 1.0)), ("b", 1, 0, (3.0,)),
     ]  # fmt: skip
     assert all("seeds" not in c.options and "strengths" not in c.options for c in found)
+    more = cells_of({"a": {}, "b": {"examples": [32, 8]}}, [0, 1], [8, 0], [1.0])
+    assert [(c.method, c.examples, c.seed) for c in more if "examples" not in c.options] == [
+        *(("a", 8, 0), ("b", 8, 0), ("a", 8, 1), ("b", 8, 1), ("a", 0, 0), ("a", 0, 1), ("b", 32, 0), ("b", 32, 1)),
+    ]
 
 
 def test_the_same_numbers_whatever_ran_before(setting, tmp_path):

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from bad_neurons.artifacts import write_json, written_aside
 from bad_neurons.compare.processes import room, worker_pool
 from bad_neurons.compare.results import write_results
-from bad_neurons.compare.setting import Cell, Options, Setting, cells_of
+from bad_neurons.compare.setting import OWN, Cell, Options, Setting, cells_of
 from bad_neurons.data.splits import sources_of
 from bad_neurons.errors import UserError
 from bad_neurons.plan import Config, chosen_layers, merged, plan, read_run_config
@@ -95,7 +95,7 @@ def methods_of(config: Config, where: str) -> dict[str, Options]:
     Raises:
         UserError: no method, or an option that methods do not have.
     """
-    known = ("correction", "select", "tune", "lora", "steering", "strengths", "seeds")
+    known = ("correction", "select", "tune", "lora", "steering", *OWN)
     methods = config.get("methods") or {}
     if not methods:
         raise UserError(f"{where}: `methods` is missing; expected methods by name, such as `random: {{select: {{way: random}}}}`")

@@ -16,6 +16,8 @@ from bad_neurons.models.load import Dtype, model_stamp
 
 Options = dict[str, Any]
 
+OWN = ("strengths", "seeds", "examples")  # of the comparison's lists, those that a method may have for itself
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -88,10 +90,11 @@ class Cell(NamedTuple):
 
 
 def cells_of(methods: Mapping[str, Options], seeds: Sequence[int], examples: Sequence[int], strengths: Sequence[float]) -> Iterator[Cell]:
-    """Every method with every seed and number of examples; a method's own ``strengths`` and ``seeds`` win."""
-    for count in examples:
+    """Every method with every seed and number of examples; what a method itself names of :data:`OWN` wins."""
+    every = {count: None for method in methods.values() for count in (*examples, *method.get("examples", ()))}
+    for count in every:
         for seed in seeds:
             for name, method in methods.items():
-                if seed in method.get("seeds", seeds):
-                    options = {key: value for key, value in method.items() if key not in ("strengths", "seeds")}
+                if count in method.get("examples", examples) and seed in method.get("seeds", seeds):
+                    options = {key: value for key, value in method.items() if key not in OWN}
                     yield Cell(name, options, seed, count, tuple(method.get("strengths", strengths)))
