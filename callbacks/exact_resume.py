@@ -50,6 +50,8 @@ class ExactResume(Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Lightning 2.6 loses the loader's position where an optimizer has asked how many steps there will be.
+        trainer.fit_loop._load_combined_loader_states()
         if self._random is not None:
             set_random_state(self._random)
             self._random = None

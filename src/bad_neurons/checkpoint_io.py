@@ -13,7 +13,7 @@ from bad_neurons.writing import PathLike, written_aside
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, synced, and renames it.
+    """Writes a checkpoint beside its place, synced, and renames it; reads one without running code that it may hold.
 
     Lightning 2.6 writes it to the system's folder for temporary files and moves it from there, which is a copy where that is
     another file system: a process killed in it leaves half a checkpoint in place of the last good one.
@@ -26,3 +26,9 @@ class WholeCheckpoints(TorchCheckpointIO):
             return
         with written_aside(path) as aside, open(aside, "wb") as handle:
             torch.save(checkpoint, handle)
+
+    @override
+    def load_checkpoint(
+        self, path: PathLike, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return super().load_checkpoint(path, map_location, True if weights_only is None else weights_only)
