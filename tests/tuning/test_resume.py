@@ -1,8 +1,13 @@
-"""Going on in the middle of an epoch, from any batch, is never having stopped: deltas, optimizer, random numbers, metrics."""
+"""Going on in the middle of an epoch, from any batch, is never having stopped: deltas, optimizer, random numbers, metrics.
+
+A fit that a signal stops has saved a checkpoint to go on from.
+"""
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 
 import lightning as L
 import numpy as np
@@ -10,10 +15,12 @@ import pytest
 import torch
 from bad_neurons.callbacks import GradientMask, MidEpochCheckpoint
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from bad_neurons.artifacts import write_jsonl
 from bad_neurons.data.tuning import SycophancyDataModule
 from bad_neurons.metrics_log import MetricsLog
+from bad_neurons.stopping import Stopped
 
 BATCHES = 12
 TOPICS = ["moon", "salt", "bees", "rivers", "glass"]
@@ -52,6 +59,17 @@ class Crash(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.current_epoch * BATCHES + batch_idx + 1 == self.number:
             raise PowerCutError
+
+
+class Signal(Callback):
+    """Sends this process a signal in the n-th batch of all."""
+
+    def __init__(self, number, signum=signal.SIGTERM):
+        self.number, self.signum = number, signum
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.current_epoch * BATCHES + batch_idx + 1 == self.number:
+            os.kill(os.getpid(), self.signum)
 
 
 @pytest.fixture
@@ -153,3 +171,49 @@ def test_lightning_s_own_checkpoints(fit, tmp_path):
     resumed, again = fit("cut", keep(), ckpt="last", seed=5)
     assert again == drawn[16:]
     assert_same(whole, resumed, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize(("number", "saved"), [(7, 7), (8, 8), (12, 12), (23, 23), (24, 24)])
+def test_sigterm_saves_behind_the_batch_or_the_validation_that_follows(fit, tmp_path, number, saved):
+    whole, drawn = fit("whole")
+    keep = lambda: MidEpochCheckpoint(str(tmp_path / "cut"), every_n_train_steps=100)  # noqa: E731
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped) as stopped:
+        fit("cut", keep(), Signal(number))
+    assert (stopped.value.code, stopped.value.name) == (128 + 15, "SIGTERM")
+    assert signal.getsignal(signal.SIGTERM) is handler
+    resumed, again = fit("cut", keep(), ckpt="last", seed=5)
+    assert again == drawn[saved:]
+    if saved < 2 * BATCHES:
+        assert_same(whole, resumed, tmp_path)
+    assert all(torch.equal(value, whole.edit.deltas()[name]) for name, value in resumed.edit.deltas().items())
+
+
+def test_sigterm_without_a_place_for_a_checkpoint_stops_all_the_same(fit):
+    with pytest.raises(Stopped):
+        fit("cut", Signal(3))
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:The `srun` command is available")
+def test_slurm_s_signal_requeues_the_job_which_goes_on(fit, tmp_path, monkeypatch):
+    whole, drawn = fit("whole")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
+    for name, value in {
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "night",
+        "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "here", "SLURM_NTASKS_PER_NODE": "1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    options = {"default_root_dir": tmp_path / "cut", "plugins": [SLURMEnvironment(auto_requeue=True)]}
+    with pytest.raises(Stopped) as stopped:
+        fit("cut", MidEpochCheckpoint(str(tmp_path / "cut")), Signal(9, signal.SIGUSR1), **options)
+    assert stopped.value.code == 128 + 10
+    assert (tmp_path / "asked").read_text() == "requeue 17\n"
+    assert (tmp_path / "cut" / "hpc_ckpt_1.ckpt").is_file()
+    resumed, again = fit("cut", MidEpochCheckpoint(str(tmp_path / "cut")), seed=5, **options)  # nobody names the checkpoint
+    assert again == drawn[9:]
+    assert_same(whole, resumed, tmp_path)
+    assert not (tmp_path / "cut" / "hpc_ckpt_1.ckpt").exists()
