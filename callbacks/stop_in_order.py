@@ -67,11 +67,9 @@ class StopInOrder(Callback):
         alone = trainer.world_size == 1
         if not (self._asked if alone else trainer.strategy.reduce_boolean_decision(bool(self._asked), all=False)):
             return
-        for keeper in (callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)):
-            trainer.save_checkpoint(
-                Path(keeper.dirpath or trainer.default_root_dir) / f"{keeper.CHECKPOINT_NAME_LAST}{keeper.FILE_EXTENSION}"
-            )
-            break
+        if keeper := next((callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)), None):
+            name = f"{keeper.CHECKPOINT_NAME_LAST}{keeper.FILE_EXTENSION}"
+            trainer.save_checkpoint(Path(keeper.dirpath or trainer.default_root_dir) / name)
         signum, self._asked = self._asked or signal.SIGTERM, 0
         if self._requeue and signum == self._requeue:
             trainer._signal_connector._slurm_sigusr_handler_fn(signum, None)  # type: ignore[arg-type]

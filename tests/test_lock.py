@@ -33,9 +33,11 @@ def holder(tmp_path):
 def test_nothing_is_left(tmp_path):
     with sole_writer(tmp_path / "run"):
         assert (tmp_path / "run" / ".lock").read_text() == f"process {os.getpid()} on {platform.node()}"
-    assert list((tmp_path / "run").iterdir()) == []
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
     with sole_writer(tmp_path / "run"):
         pass
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_second_one_is_refused_and_the_first_goes_on(tmp_path):

@@ -8,7 +8,7 @@ import logging
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bad_neurons.errors import UserError
@@ -35,14 +35,19 @@ def sole_writer(folder: PathLike) -> Iterator[None]:
         yield
         return
     folder = Path(folder)
+    new = not folder.exists()
     handle = _locked(folder)
     try:
         sweep(folder)
         yield
     finally:
         if handle is not None:
-            (folder / _NAME).unlink(missing_ok=True)  # while it is still locked: see _is_it
+            with suppress(OSError):
+                (folder / _NAME).unlink(missing_ok=True)  # while it is still locked: see _is_it
             os.close(handle)
+        if new:
+            with suppress(OSError):
+                folder.rmdir()  # nothing was written
 
 
 def _rank() -> int:

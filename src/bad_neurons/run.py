@@ -93,7 +93,7 @@ def run_stage(stage: Stage, folder: Path, force: bool) -> tuple[float, bool]:
     key = stage_key(stage)
     done = read_json(stamp, "stage.json") if stamp.is_file() else {}
     if not force and done.get("key") == key and all(p.is_file() for p in stage.outputs):
-        remove(started)  # of a process that was killed at the very end
+        _clear(stage, folder)  # where the process was killed at the very end
         log.info("%-15s unchanged, skipped (took %.0f s when it ran)", stage.name, done["seconds"])
         return float(done["seconds"]), False
     log.info("%-15s runs: bad-neurons %s", stage.name, " ".join(stage.command))
@@ -106,10 +106,15 @@ def run_stage(stage: Stage, folder: Path, force: bool) -> tuple[float, bool]:
     _call(stage, folder, resume=interrupted and stage.resume is not None and stage.resume.is_file())
     seconds = round(time.monotonic() - start, 1)
     write_json(stamp, {"key": key, "seconds": seconds, "finished": datetime.now(UTC).isoformat(timespec="seconds")})
+    _clear(stage, folder)
+    return seconds, True
+
+
+def _clear(stage: Stage, folder: Path) -> None:
+    """Remove what a stage needs only while it is not done."""
     if not stage.kept:
         _forget_checkpoints(stage, folder)
-    remove(started)
-    return seconds, True
+    remove(folder / stage.name / "started.json")
 
 
 def _forget_checkpoints(stage: Stage, folder: Path) -> None:

@@ -10,7 +10,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -185,10 +185,11 @@ def report_command(arguments: list[str]) -> None:
         Args:
             run: folder of ``bad-neurons run``.
         """
-        path: Path = write_report(run)
+        with sole_writer(run) if run.is_dir() else nullcontext():
+            path: Path = write_report(run)
         return path
 
-    _function(report, "report", arguments, ("run",))
+    _function(report, "report", arguments, ())
 
 
 def _lightning(

@@ -126,7 +126,7 @@ def start(config: Path, log: Path, count: Path | None = None, kill: tuple[str, i
         config: the run.
         log: where its output goes.
         count: where it writes the number of writes of each stage in the end.
-        kill: stage and number of the write in which it kills itself.
+        kill: stage and number of the write in which it kills itself; in the next write where the stage has fewer.
         seed: how that write is cut off.
     """
     pid = os.fork()
@@ -155,7 +155,9 @@ def _watch_writes(kill: tuple[str, int] | None, rng: random.Random) -> Counter[s
 
     def due() -> bool:
         counts[stage[0]] += 1
-        return kill == (stage[0], counts[stage[0]])
+        if kill is None or stage[0] == "start":
+            return False
+        return counts[stage[0]] >= kill[1] if stage[0] == kill[0] else STAGES.index(stage[0]) > STAGES.index(kill[0])
 
     def die() -> NoReturn:
         os.killpg(0, signal.SIGKILL)
@@ -235,9 +237,10 @@ def attempt(config: Path, work: Path, kill: Kill | None, reference: Reference, s
 
 
 def _reached(stage: str, work: Path, log: Path) -> bool:
-    if stage == "report":
-        return (work / "run" / "evaluation" / "stage.json").is_file()
-    return log.is_file() and any(line.split()[:2] == [stage, "runs:"] for line in log.read_text(errors="replace").splitlines())
+    if (work / "run" / "evaluation" / "stage.json").is_file():
+        return True
+    running = {f"{later:15} runs:" for later in STAGES[STAGES.index(stage) :]}
+    return log.is_file() and any(line[:21] in running for line in log.read_text(errors="replace").splitlines())
 
 
 def _stage_now(run: Path) -> str:
