@@ -1,6 +1,7 @@
 # make demo   the whole method on the packaged Gemma 3 270M, into runs/quickstart/
 # make test   lint, types, tests
 # make bench  everybody beside everybody else on two cores; needs BAD_NEURONS_DATA (see benchmarks/README.md)
+# make faults runs that are killed a hundred times, anywhere; FAULTS='--kills 10 --model packaged:gemma-3-270m' on the packaged Gemma
 # All make a virtual environment in .venv first, from constraints.txt.
 
 PYTHON ?= python3
@@ -9,13 +10,18 @@ BIN := $(VENV)/bin
 
 BENCHMARKS := startup attention head tuning extraction layer_selection evaluation
 
-.PHONY: demo test bench check install clean
+.PHONY: demo test faults bench check install clean
 
 demo: install
 	$(BIN)/bad-neurons run --config configs/quickstart.yaml
 
 test: check
 	$(BIN)/python -m pytest
+
+FAULTS ?= --kills 100
+
+faults: install
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python tests/faults/kills.py $(FAULTS)
 
 bench: install
 	@test -n "$$BAD_NEURONS_DATA" || { echo "make bench: set BAD_NEURONS_DATA to the folder with anthropic-sycophancy/*.jsonl"; exit 2; }

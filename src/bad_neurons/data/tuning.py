@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from bad_neurons.artifacts import digest_json
 from bad_neurons.batching import Rows, Tree, common_prefix, pack, prefix_tree
+from bad_neurons.data.loader import EpochOrder, ResumableLoader
 from bad_neurons.data.records import Record
 from bad_neurons.data.splits import load_split
 from bad_neurons.data.text import load_paragraphs
@@ -214,36 +215,15 @@ class SycophancyDataModule(L.LightningDataModule):
     @override
     def train_dataloader(self) -> DataLoader[TuningBatch]:
         batches = self._batches["fit"]
-        return DataLoader(batches, batch_size=None, sampler=EpochOrder(batches, self.seed))  # type: ignore[arg-type]
+        return ResumableLoader(batches, batch_size=None, sampler=EpochOrder(batches, self.seed))  # type: ignore[arg-type]
 
     @override
     def val_dataloader(self) -> DataLoader[TuningBatch]:
-        return DataLoader(self._batches["validate"], batch_size=None)  # type: ignore[arg-type]
+        return DataLoader(self._batches["validate"], batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
 
     @override
     def test_dataloader(self) -> DataLoader[TuningBatch]:
-        return DataLoader(self._batches["test"], batch_size=None)  # type: ignore[arg-type]
-
-
-class EpochOrder(RandomSampler):
-    """A random order that depends on the seed and the epoch alone, so a resumed fit reads what an uninterrupted one reads.
-
-    Lightning calls ``set_epoch``, and on several ranks puts a ``DistributedSampler`` in its place, as for any ``RandomSampler``.
-    """
-
-    def __init__(self, data_source: Sequence[object], seed: int) -> None:
-        super().__init__(data_source, generator=torch.Generator())  # type: ignore[arg-type]
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Take the order of ``epoch`` from now on."""
-        self.epoch = epoch
-
-    @override
-    def __iter__(self) -> Iterator[int]:
-        # Read with the first index, not before: on resuming, Lightning makes the iterator before it tells the epoch.
-        self.generator.manual_seed(self.seed * 1_000_003 + self.epoch)
-        yield from super().__iter__()
+        return DataLoader(self._batches["test"], batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
 
 
 class HasTopic(Protocol):

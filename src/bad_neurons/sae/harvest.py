@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from bad_neurons.artifacts import digest_json
 from bad_neurons.batching import Rows, batches_by_length, pack_sequences
+from bad_neurons.data.loader import EpochOrder, ResumableLoader
 from bad_neurons.data.splits import load_split
 from bad_neurons.data.text import load_paragraphs
 from bad_neurons.errors import UserError
@@ -143,11 +144,11 @@ class ActivationDataModule(L.LightningDataModule):
     @override
     def train_dataloader(self) -> DataLoader[dict[int, Tensor]]:
         batches = ActivationBatches(self._train, self.batch_size, self.seed)
-        return DataLoader(batches, batch_size=None, shuffle=True, generator=torch.Generator().manual_seed(self.seed))
+        return ResumableLoader(batches, batch_size=None, sampler=EpochOrder(batches, self.seed))
 
     @override
     def val_dataloader(self) -> DataLoader[dict[int, Tensor]]:
-        return DataLoader(ActivationBatches(self._held_out, self.batch_size, self.seed), batch_size=None)
+        return DataLoader(ActivationBatches(self._held_out, self.batch_size, self.seed), batch_size=None, generator=torch.Generator())
 
     @override
     def test_dataloader(self) -> DataLoader[dict[int, Tensor]]:

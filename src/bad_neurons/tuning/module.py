@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
 
@@ -98,6 +99,7 @@ class NeuronTuner(L.LightningModule):
         self.view = view_decoder(loaded.model)
         self.edit: Edit | None = None
         self._tokens = 0.0  # weight of the answer tokens since the last optimizer step
+        self._halfway: list[Tensor] = []  # gradients of a window in the middle of which a checkpoint was saved
 
     @classmethod
     def of(cls, loaded: LanguageModel, **options: Any) -> NeuronTuner:
@@ -181,6 +183,18 @@ class NeuronTuner(L.LightningModule):
         return clean._replace(odds=log_odds(self.view, clean.teacher, batch.pairs))
 
     @override
+    def configure_callbacks(self) -> list[Callback]:
+        from bad_neurons.callbacks import ExactResume, StopInOrder  # they import this module
+
+        return [ExactResume(), StopInOrder()]
+
+    @override
+    def on_train_start(self) -> None:
+        for parameter, gradient in zip(self._edit.trainable(), self._halfway, strict=False):
+            parameter.grad = gradient.to(parameter)
+        self._halfway = []
+
+    @override
     def training_step(self, batch: TuningBatch, batch_idx: int) -> Tensor:
         sums = self.losses(batch)
         self._tokens += batch.tokens
@@ -258,6 +272,9 @@ class NeuronTuner(L.LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["bad_neurons"] = {"neurons": self._edit.digest, "model": self.model_digest}
+        if self._tokens:  # in the middle of an accumulation window (of one process: of several, each would have its own)
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._edit.trainable()]
+            checkpoint["bad_neurons"]["window"] = {"tokens": self._tokens, "gradients": gradients}
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -265,6 +282,8 @@ class NeuronTuner(L.LightningModule):
         for name, value in mine.items():
             if found.get(name) != value:
                 raise UserError(f"--ckpt_path: the checkpoint belongs to other {name} ({str(found.get(name))[:12]}, here {value[:12]})")
+        window = found.get("window", {"tokens": 0.0, "gradients": []})
+        self._tokens, self._halfway = window["tokens"], window["gradients"]
 
     def whiteners(self) -> dict[torch.nn.Parameter, Tensor]:
         """R of each parameter for the optimizer ``whitened``, from the data module's retention text.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 from pathlib import Path
 from typing import Any
 
-from bad_neurons.artifacts import PathLike
 from bad_neurons.errors import UserError
+from bad_neurons.writing import PathLike, sync
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +52,15 @@ class Kept:
 
     def _append(self, line: bytes) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        new = not self._path.exists()
         with open(self._path, "a+b", buffering=0) as handle:
             if handle.tell() and not _ends_a_line(handle.fileno()):
                 line = b"\n" + line  # what was torn off stays a line of its own, and is ignored
-            handle.write(line)
+            if handle.write(line) < len(line):  # what fits on a full disk is written without a complaint
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(handle.fileno())
+        if new:
+            sync(self._path.parent)
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:
