@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from bad_neurons.artifacts import digest_json
 from bad_neurons.batching import Rows, Tree, common_prefix, pack, prefix_tree
+from bad_neurons.data.order import EpochOrder, ResumableLoader
 from bad_neurons.data.records import Record
 from bad_neurons.data.splits import load_split
 from bad_neurons.data.text import load_paragraphs
 from bad_neurons.errors import UserError
 from bad_neurons.models.load import resolve_model
 from bad_neurons.models.prompts import Turn, tokenize, tokenize_text
+from bad_neurons.ranks import rank_of
 from bad_neurons.tuning.shift import Pairs
 
 Target = Literal["honest", "neutral", "mixed", "shift"]
@@ -80,6 +82,13 @@ class TuningBatch(NamedTuple):
     def tokens(self) -> float:
         """What the sums are divided by: the weight of all answer tokens; their number where none has a weight (target ``shift``)."""
         return float(self.answer.sum()) or float(len(self.pairs.at) if self.pairs else 0)
+
+
+def no_batch() -> TuningBatch:
+    """A batch of nothing, for a process for which none is left."""
+    none, ids = torch.zeros(0), torch.zeros(0, dtype=torch.long)
+    rows = Rows(*[torch.zeros(0, 0, dtype=torch.long)] * 4, branched=False)
+    return TuningBatch(rows, ids, ids, none, none, none)
 
 
 class _Group(NamedTuple):
@@ -213,37 +222,19 @@ class SycophancyDataModule(L.LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[TuningBatch]:
-        batches = self._batches["fit"]
-        return DataLoader(batches, batch_size=None, sampler=EpochOrder(batches, self.seed))  # type: ignore[arg-type]
+        return self._loader("fit", self.seed)
 
     @override
     def val_dataloader(self) -> DataLoader[TuningBatch]:
-        return DataLoader(self._batches["validate"], batch_size=None)  # type: ignore[arg-type]
+        return self._loader("validate")
 
     @override
     def test_dataloader(self) -> DataLoader[TuningBatch]:
-        return DataLoader(self._batches["test"], batch_size=None)  # type: ignore[arg-type]
+        return self._loader("test")
 
-
-class EpochOrder(RandomSampler):
-    """A random order that depends on the seed and the epoch alone, so a resumed fit reads what an uninterrupted one reads.
-
-    Lightning calls ``set_epoch``, and on several ranks puts a ``DistributedSampler`` in its place, as for any ``RandomSampler``.
-    """
-
-    def __init__(self, data_source: Sequence[object], seed: int) -> None:
-        super().__init__(data_source, generator=torch.Generator())  # type: ignore[arg-type]
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Take the order of ``epoch`` from now on."""
-        self.epoch = epoch
-
-    @override
-    def __iter__(self) -> Iterator[int]:
-        # Read with the first index, not before: on resuming, Lightning makes the iterator before it tells the epoch.
-        self.generator.manual_seed(self.seed * 1_000_003 + self.epoch)
-        yield from super().__iter__()
+    def _loader(self, side: str, seed: int | None = None) -> DataLoader[TuningBatch]:
+        batches = self._batches[side]
+        return ResumableLoader([*batches, no_batch()], EpochOrder(len(batches), seed, rank_of(self.trainer)))
 
 
 class HasTopic(Protocol):

@@ -17,7 +17,7 @@ from bad_neurons.errors import UserError
 from bad_neurons.models.load import Dtype
 from bad_neurons.probe.answers import answer_features
 from bad_neurons.probe.features import Features, Pool, Pooling, Tokens
-from bad_neurons.shards import rank_of
+from bad_neurons.ranks import rank_of
 
 SIDES = ("train", "validation", "test")
 
