@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 
 from bad_neurons import __version__
 from bad_neurons.errors import UserError
+from bad_neurons.ranks import let_others_end, lost, speaks, started
+
+_TOGETHER = ("sae", "probe", "tune", "evaluate")  # commands whose work several processes share
 
 # command: (module, function, one line of help). The function takes the remaining arguments.
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -42,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments[0] not in COMMANDS:
         return _refuse(f"{arguments[0]}: no such command; there are {', '.join(COMMANDS)}")
+    there = started()
+    if there.world > 1 and arguments[0] not in _TOGETHER:
+        return _alone(arguments[0], there.world) if there.number == 0 else 2
     module, function, _ = COMMANDS[arguments[0]]
     log, handler = logging.getLogger("bad_neurons"), logging.StreamHandler(sys.stderr)
     log.setLevel(logging.INFO)
@@ -50,7 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         command: Callable[[list[str]], None] = getattr(importlib.import_module(module), function)
         command(arguments[1:])
     except Exception as error:
-        return _refuse(_one_line(error))
+        if not speaks():
+            return 2
+        try:
+            return _refuse(_one_line(error))
+        finally:
+            let_others_end()
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning turns Ctrl-C into SystemExit(1).
         if not isinstance(stop, KeyboardInterrupt) and not isinstance(stop.__context__, KeyboardInterrupt):
@@ -67,12 +78,19 @@ def _one_line(error: Exception) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UserError):
         cause = cause.__cause__ or cause.__context__
+    if cause is None and lost(error):
+        return "another process of this run has ended without a word (killed, or out of memory); the same command goes on from where it can"
     if cause is None and isinstance(error, ArgumentError):
         return " ".join(str(error).split())
     if cause is None:
         traceback.print_exception(error)
         raise SystemExit(1)
     return str(cause)
+
+
+def _alone(command: str, world: int) -> int:
+    more = "; give `trainer: {devices: ..., strategy: ddp}` in the sections of its configuration" if command == "run" else ""
+    return _refuse(f"{command}: works in one process, but {world} were started together; start it once{more}")
 
 
 def _refuse(message: str) -> int:

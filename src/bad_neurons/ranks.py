@@ -6,6 +6,7 @@ same environments: torchrun's, SLURM's (srun), or none, where it starts the proc
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -130,6 +131,7 @@ def join(devices: int) -> Rank:
     import torch
     from lightning.fabric import Fabric
 
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # which rank is which
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     fabric = Fabric(accelerator=accelerator, devices=devices or there.here, num_nodes=max(1, there.world // there.here), strategy="ddp")
     fabric.launch()
@@ -138,12 +140,13 @@ def join(devices: int) -> Rank:
 
 def leave() -> None:
     """Part from the processes of a stage that is done, so that a later stage in this process can start its own."""
+    if _common_store() is None or "TORCHELASTIC_RUN_ID" in os.environ:
+        return
     import torch
 
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and "TORCHELASTIC_RUN_ID" not in os.environ:
-        torch.distributed.destroy_process_group()
-        for name in ("WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):  # as Lightning's launcher sets them
-            os.environ.pop(name, None)
+    torch.distributed.destroy_process_group()
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):  # as Lightning's launcher sets them
+        os.environ.pop(name, None)
 
 
 def speaks() -> bool:

@@ -26,6 +26,7 @@ from bad_neurons.artifacts import digest_json, digest_path, read_json, write_jso
 from bad_neurons.errors import UserError
 from bad_neurons.models.load import model_stamp
 from bad_neurons.plan import Config, Stage, plan, read_run_config
+from bad_neurons.ranks import leave
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +121,7 @@ def _call(stage: Stage, folder: Path, resume: bool) -> None:
         command(arguments)
     finally:
         sys.argv = typed
+        leave()
 
 
 def _model_stamp(config: Config) -> Any:

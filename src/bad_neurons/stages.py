@@ -18,6 +18,8 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
+from bad_neurons.ranks import started
+
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 # Libraries' notices about what is meant here, one by one; everything else still warns.
@@ -135,7 +137,9 @@ def evaluate_command(arguments: list[str]) -> None:
     from bad_neurons.evaluation.evaluate import evaluate
     from bad_neurons.report.terminal import results_table
 
-    _show(results_table(_function(evaluate, "evaluate", arguments)))
+    table = results_table(_function(evaluate, "evaluate", arguments))
+    if started().number == 0:
+        _show(table)
 
 
 def judge_command(arguments: list[str]) -> None:
