@@ -38,9 +38,7 @@ def in_world(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     pipes = [context.Pipe(duplex=False) for _ in range(world)]
-    started = [
-        context.Process(target=_process, args=(rank, world, port, send, work, arguments)) for rank, (_, send) in enumerate(pipes)
-    ]
+    started = [context.Process(target=_process, args=(rank, world, port, send, work, arguments)) for rank, (_, send) in enumerate(pipes)]
     for process, (_, send) in zip(started, pipes, strict=True):
         process.start()
         send.close()
@@ -80,7 +78,8 @@ def _process(rank: int, world: int, port: int, send: Any, work: Callable[..., An
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        if os.environ.get("DDP_CPU"): sys.stderr.write(f"CPU {time.process_time():.1f} {world}\n")
+        if os.environ.get("DDP_CPU"):
+            sys.stderr.write(f"CPU {time.process_time():.1f} {world}\n")
 
 
 # What is tuned
@@ -88,14 +87,14 @@ def _process(rank: int, world: int, port: int, send: Any, work: Callable[..., An
 
 def write_inputs(folder: Path) -> Path:
     """A tiny Gemma 2, 40 records of unequal lengths, chosen neurons and a delta, below ``folder``."""
+    import torch
+
     from bad_neurons.models.load import load_model
+    from bad_neurons.models.view import view_decoder
     from bad_neurons.selection.neurons import NeuronSelection, write_neurons
     from bad_neurons.testing import save_tiny_model
     from bad_neurons.tuning.delta_file import write_delta
     from bad_neurons.tuning.edits import NeuronDelta
-    from bad_neurons.models.view import view_decoder
-
-    import torch
 
     model = save_tiny_model(folder / "model", "gemma2")
     rows = []
@@ -114,7 +113,9 @@ def write_inputs(folder: Path) -> Path:
     write_neurons(folder / "neurons.json", chosen)
     edit = NeuronDelta(view_decoder(lm.model), chosen)
     generator = torch.Generator().manual_seed(0)
-    write_delta(folder / "delta.safetensors", chosen, {n: 0.3 * torch.randn(t.shape, generator=generator) for n, t in edit.deltas().items()})
+    write_delta(
+        folder / "delta.safetensors", chosen, {n: 0.3 * torch.randn(t.shape, generator=generator) for n, t in edit.deltas().items()}
+    )
     return folder
 
 
@@ -134,9 +135,10 @@ def tune(folder: Path, out: str, epochs: int = 2, resume: str | None = None, cut
     """
     import lightning as L
     from bad_neurons.callbacks import DeltaCheckpoint, GradientMask
+    from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
     from bad_neurons.data.tuning import SycophancyDataModule
     from bad_neurons.tuning.module import NeuronTuner
-    from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
     class Steps(Callback):
         def __init__(self) -> None:
@@ -183,6 +185,7 @@ def tune(folder: Path, out: str, epochs: int = 2, resume: str | None = None, cut
 def fit_saes(folder: Path, out: str) -> dict[str, Any]:
     """Harvest activations and train SAEs of two layers in this process, which may be one of several; metrics and weights."""
     import lightning as L
+
     from bad_neurons.sae.harvest import ActivationDataModule
     from bad_neurons.sae.module import SAEFitter
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bad_neurons import writing
 from bad_neurons.artifacts import digest_json, digest_path, read_json, read_tensors, write_json, write_jsonl, write_tensors, written_aside
 from bad_neurons.errors import UserError
 
@@ -120,6 +121,7 @@ def test_a_full_disk_leaves_the_old_folder(tmp_path):
 
 
 def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path, monkeypatch):
+    """Where the file system cannot let two folders change places."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "old.txt").write_text("old")
     really = os.replace
@@ -130,6 +132,7 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path, monke
         really(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(writing, "_exchange", lambda one, other: False)
     with pytest.raises(UserError, match="Input/output error"):
         write_folder(tmp_path / "model")
     assert everything(tmp_path) == ["model", "model/old.txt"]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 
-import pytest
-
 import ddp
+import pytest
 from ddp import difference, in_world
 
 pytestmark = pytest.mark.ddp

@@ -8,72 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bad_neurons.errors import UserError
+from bad_neurons.writing import PathLike as PathLike
+from bad_neurons.writing import written_aside as written_aside
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PathLike = str | os.PathLike[str]
-
 _METADATA_KEY = "bad_neurons"
-
-
-@contextmanager
-def written_aside(path: PathLike) -> Iterator[Path]:
-    """Give a path beside ``path`` to write a file or a folder to, and move it into place when the block ends well.
-
-    On any exception what was written aside is removed and whatever stood at ``path`` before stays as it was.
-
-    Raises:
-        UserError: the disk is full or the place cannot be written.
-    """
-    final = Path(path)
-    aside = final.with_name(f".{final.name}.partial-{os.getpid()}")
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        _remove(aside)
-        yield aside
-        _sync(aside)
-        _swap_in(aside, final)
-    except OSError as error:
-        raise UserError(f"{final}: cannot be written ({error.strerror or error}); nothing before it was changed") from error
-    finally:
-        _remove(aside)
-
-
-def _swap_in(aside: Path, final: Path) -> None:
-    if aside.is_dir() and final.exists():  # a folder cannot be renamed over a full one
-        old = final.with_name(f".{final.name}.old-{os.getpid()}")
-        os.replace(final, old)
-        try:
-            os.replace(aside, final)
-        except OSError:
-            os.replace(old, final)
-            raise
-        _remove(old)
-    else:
-        os.replace(aside, final)
-
-
-def _sync(path: Path) -> None:
-    for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(NotADirectoryError):  # a file stands where a folder should be: nothing can lie in it
-            path.unlink(missing_ok=True)
 
 
 def write_json(path: PathLike, value: Any) -> None:
@@ -154,9 +100,14 @@ def digest_path(path: PathLike) -> str:
     """SHA-256 (hex) of a file's bytes, or of the names and bytes of all files below a folder; ``absent`` if neither is there."""
     path = Path(path)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        files = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
         return digest_json([[p.relative_to(path).as_posix(), digest_path(p)] for p in files])
     if not path.is_file():
         return "absent"
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _hidden(path: Path) -> bool:
+    """Whether a path below an artifact is no part of it: a lock, or what a killed writer left."""
+    return any(part.startswith(".") for part in path.parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import sys
@@ -12,8 +13,11 @@ from collections.abc import Callable, Sequence
 from bad_neurons import __version__
 from bad_neurons.errors import UserError
 from bad_neurons.ranks import let_others_end, lost, speaks, started
+from bad_neurons.stopping import Stopped, stopped_by_sigterm
+from bad_neurons.writing import disk_error
 
 _TOGETHER = ("sae", "probe", "tune", "evaluate")  # commands whose work several processes share
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 # command: (module, function, one line of help). The function takes the remaining arguments.
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -53,8 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.setLevel(logging.INFO)
     log.addHandler(handler)
     try:
-        command: Callable[[list[str]], None] = getattr(importlib.import_module(module), function)
-        command(arguments[1:])
+        with stopped_by_sigterm():
+            command: Callable[[list[str]], None] = getattr(importlib.import_module(module), function)
+            command(arguments[1:])
     except Exception as error:
         if not speaks():
             return 2
@@ -62,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _refuse(_one_line(error))
         finally:
             let_others_end()
+    except Stopped as stop:
+        sys.stderr.write(f"\nstopped by {stop.name}; the same command goes on from where it can\n")
+        return int(stop.code or 0)
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning turns Ctrl-C into SystemExit(1).
         if not isinstance(stop, KeyboardInterrupt) and not isinstance(stop.__context__, KeyboardInterrupt):
@@ -82,6 +90,8 @@ def _one_line(error: Exception) -> str:
         return "another process of this run has ended without a word (killed, or out of memory); the same command goes on from where it can"
     if cause is None and isinstance(error, ArgumentError):
         return " ".join(str(error).split())
+    if cause is None and (failed := disk_error(error)) and failed.errno in _OF_THE_DISK:
+        return f"{failed.filename or 'disk'}: cannot be written ({failed.strerror}); nothing before it was changed"
     if cause is None:
         traceback.print_exception(error)
         raise SystemExit(1)

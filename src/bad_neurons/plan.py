@@ -39,6 +39,7 @@ class Stage:
         inputs: files and folders that it reads.
         outputs: files that exist when it is done.
         resume: a checkpoint from which an interrupted fit goes on, where there is one.
+        kept: whether it stays when the stage is done.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Stage:
     inputs: tuple[Path, ...]
     outputs: tuple[Path, ...]
     resume: Path | None = None
+    kept: bool = True
 
 
 def read_run_config(path: Path, further: tuple[str, ...] = ()) -> Config:
@@ -180,11 +182,12 @@ def _layers(run: _Run) -> Stage:
 def _sae(run: _Run) -> Stage:
     layers = run.choice.candidates if run.choice.on_sae else run.choice.layers
     topics = {"validation_topics": run.split["validation"], "test_topics": run.split["test"], "split_seed": run.split["split_seed"]}
-    data = {"model": run.model, "layers": layers, "records": run.records, **topics}
-    own = {"model": {"out": run.sae}, "data": {**data, "folder": str(run.folder / "sae" / "activations")}}
+    data = {"model": run.model, "layers": layers, "records": run.records, **topics, "folder": str(run.folder / "sae" / "activations")}
+    trainer, resume = _resumable(run.folder / "sae", every_n_train_steps=200, at_epoch_end=False)
+    own = {"model": {"out": run.sae}, "data": data, "trainer": {"enable_checkpointing": True, **trainer}}
     config = merged(run.seed, own, run.section("sae"))
     outputs = tuple(folder / "cfg.json" for folder in run.sae_folders(config["data"]["layers"]))
-    return Stage("sae", ("sae", "fit"), config, _record_files(config["data"]), outputs)
+    return Stage("sae", ("sae", "fit"), config, _record_files(config["data"]), outputs, resume, kept=False)
 
 
 def _probe(run: _Run, name: str, features: str) -> Stage:
@@ -219,22 +222,23 @@ def _selection(run: _Run) -> Stage:
 
 def _tuning(run: _Run) -> Stage:
     folder = run.delta.parent
-    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(folder), "name": "", "version": ""}}
-    checkpoint = {
-        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-        "init_args": {"dirpath": str(folder / "checkpoints"), "filename": "last", "enable_version_counter": False},
-    }
+    logger = {"class_path": "bad_neurons.metrics_log.MetricsLog", "init_args": {"path": str(folder / "metrics.csv")}}
+    trainer, resume = _resumable(folder)
     own = {
         "model": {"model": run.model},
         "data": {"records": run.records, **run.split},
         "mask": {"neurons": str(run.neurons)},
         "delta": {"path": str(run.delta)},
-        "trainer": {"logger": logger, "callbacks": [checkpoint]},
+        "trainer": {"logger": logger, **trainer},
     }
     config = merged(run.seed, own, run.section("tune"))
-    return Stage(
-        "tuning", ("tune", "fit"), config, (*_record_files(config["data"]), run.neurons), (run.delta,), folder / "checkpoints" / "last.ckpt"
-    )
+    return Stage("tuning", ("tune", "fit"), config, (*_record_files(config["data"]), run.neurons), (run.delta,), resume)
+
+
+def _resumable(folder: Path, **options: Any) -> tuple[Config, Path]:
+    """Options of a Trainer whose fit goes on where it was interrupted, and the checkpoint from which it does."""
+    keep = {"class_path": "bad_neurons.callbacks.MidEpochCheckpoint", "init_args": {"dirpath": str(folder / "checkpoints"), **options}}
+    return {"default_root_dir": str(folder), "callbacks": [keep]}, folder / "checkpoints" / "last.ckpt"
 
 
 def _evaluation(run: _Run) -> Stage:

@@ -29,7 +29,6 @@ class Divisible(Protocol[Part]):
         """Some of it."""
 
 
-
 _FAILED = "bad-neurons/failed"  # key in the processes' common store: which of them failed first
 _HEARD = "bad-neurons/heard"  # and how many have asked
 _FIRST_WORD = 3.0  # seconds that the other processes leave to the first one to say what is wrong, and to end them
@@ -125,7 +124,9 @@ def join(devices: int) -> Rank:
     if devices < 0:
         raise UserError(f"--devices {devices}: at least 0")
     if devices and there.world > 1 and devices != there.here:
-        raise UserError(f"--devices {devices}: {there.here} processes were started on this machine; leave the option out, or give {there.here}")
+        raise UserError(
+            f"--devices {devices}: {there.here} processes were started on this machine; leave the option out, or give {there.here}"
+        )
     if max(devices, there.world) <= 1:
         return ALONE
     import torch
@@ -201,4 +202,3 @@ def _common_store() -> Any:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return None
     return torch.distributed.distributed_c10d._get_default_store()
-

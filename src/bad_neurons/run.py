@@ -24,9 +24,11 @@ import yaml
 from bad_neurons import __version__
 from bad_neurons.artifacts import digest_json, digest_path, read_json, write_json, written_aside
 from bad_neurons.errors import UserError
+from bad_neurons.lock import sole_writer
 from bad_neurons.models.load import model_stamp
 from bad_neurons.plan import Config, Stage, plan, read_run_config
 from bad_neurons.ranks import leave
+from bad_neurons.writing import remove
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +60,14 @@ def run(config_path: Path, out: str | None = None, force: list[str] | None = Non
     stages = plan(config, folder)
     if unknown := set(force or []) - set(stages):
         raise UserError(f"--force {sorted(unknown)[0]}: no such stage; there are {', '.join(stages)}")
+    with sole_writer(folder):
+        return _run(config_path, folder, stages, force or [])
+
+
+def _run(config_path: Path, folder: Path, stages: dict[str, Callable[[], Stage]], force: list[str]) -> Config:
     with written_aside(folder / "config.yaml") as aside:
         aside.write_text(config_path.read_text(encoding="utf-8"), encoding="utf-8")
-    ran = {name: run_stage(stage(), folder, name in (force or [])) for name, stage in stages.items()}
+    ran = {name: run_stage(stage(), folder, name in force) for name, stage in stages.items()}
     if any(now for _, now in ran.values()) or not _is_finished(folder):
         results = _finish(folder, {name: seconds for name, (seconds, _) in ran.items()})
     else:
@@ -83,23 +90,33 @@ def stage_key(stage: Stage) -> str:
 def run_stage(stage: Stage, folder: Path, force: bool) -> tuple[float, bool]:
     """Run or skip one stage; seconds that it took when it last ran, and whether that was now."""
     stamp = folder / stage.name / "stage.json"
+    started = folder / stage.name / "started.json"
     key = stage_key(stage)
     done = read_json(stamp, "stage.json") if stamp.is_file() else {}
     if not force and done.get("key") == key and all(p.is_file() for p in stage.outputs):
+        remove(started)  # of a process that was killed at the very end
         log.info("%-15s unchanged, skipped (took %.0f s when it ran)", stage.name, done["seconds"])
         return float(done["seconds"]), False
     log.info("%-15s runs: bad-neurons %s", stage.name, " ".join(stage.command))
-    started = folder / stage.name / "started.json"
-    interrupted = started.is_file() and read_json(started, "started.json").get("key") == key
-    if stage.resume and not interrupted:
-        stage.resume.unlink(missing_ok=True)  # of another configuration
+    interrupted = not stamp.is_file() and started.is_file() and read_json(started, "started.json").get("key") == key
+    remove(stamp)  # what it vouches for is about to change
+    if not interrupted:
+        _forget_checkpoints(stage, folder)  # of another configuration, or of a fit that ended
     write_json(started, {"key": key})
     start = time.monotonic()
     _call(stage, folder, resume=interrupted and stage.resume is not None and stage.resume.is_file())
     seconds = round(time.monotonic() - start, 1)
     write_json(stamp, {"key": key, "seconds": seconds, "finished": datetime.now(UTC).isoformat(timespec="seconds")})
-    started.unlink()
+    if not stage.kept:
+        _forget_checkpoints(stage, folder)
+    remove(started)
     return seconds, True
+
+
+def _forget_checkpoints(stage: Stage, folder: Path) -> None:
+    """Remove the checkpoint from which the stage would go on, and those that Lightning writes under SLURM (hpc_ckpt_<n>)."""
+    for path in ([stage.resume] if stage.resume else []) + sorted((folder / stage.name).glob("hpc_ckpt_*.ckpt")):
+        remove(path)
 
 
 def _call(stage: Stage, folder: Path, resume: bool) -> None:

@@ -10,6 +10,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
+from bad_neurons.lock import sole_writer
 from bad_neurons.ranks import started
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -47,6 +49,8 @@ class StageCLI(LightningCLI):
         links: ``source: target`` pairs of options that are one option.
         callbacks: callback classes with flags of their own, by prefix (``mask`` gives ``--mask.neurons``).
         trainer: defaults of the Trainer.
+        writes: options that name what it writes: folders, or the path of a file (``delta.path``).
+        held: where the locks on those folders are kept.
     """
 
     def __init__(
@@ -57,8 +61,10 @@ class StageCLI(LightningCLI):
         links: dict[str, str],
         callbacks: dict[str, type[L.Callback]],
         trainer: dict[str, Any],
+        writes: tuple[str, ...],
+        held: ExitStack,
     ) -> None:
-        self._links, self._own_callbacks = links, callbacks
+        self._links, self._own_callbacks, self._writes, self._held = links, callbacks, writes, held
         strict: dict[str, Any] = {"exit_on_error": False}
         # The configuration is kept by `bad-neurons run`; Lightning's own copy fails on the second run (lightning#17168).
         super().__init__(
@@ -73,6 +79,11 @@ class StageCLI(LightningCLI):
         for prefix, callback in self._own_callbacks.items():
             parser.add_lightning_class_args(callback, prefix)
 
+    @override
+    def before_instantiate_classes(self) -> None:
+        options = self.config[self.subcommand] if self.subcommand else self.config
+        _hold(self._held, [Path(options[name]).parent if name.endswith(".path") else Path(options[name]) for name in self._writes])
+
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
@@ -86,7 +97,7 @@ def sae_command(arguments: list[str]) -> None:
 
     links = {"data.model": "model.model", "data.layers": "model.layers"}
     trainer = {"max_epochs": 3, "enable_checkpointing": False, "logger": False, "num_sanity_val_steps": 0}
-    _lightning(SAEFitter, ActivationDataModule, arguments, links, {}, trainer)
+    _lightning(SAEFitter, ActivationDataModule, arguments, links, {}, trainer, ("model.out", "data.folder"))
 
 
 def layers_command(arguments: list[str]) -> None:
@@ -102,7 +113,7 @@ def probe_command(arguments: list[str]) -> None:
     from bad_neurons.probe.module import LinearProbe
 
     trainer = {"max_epochs": 1, "enable_checkpointing": False, "logger": False, "num_sanity_val_steps": 0}
-    _lightning(LinearProbe, ProbeDataModule, arguments, {}, {}, trainer)
+    _lightning(LinearProbe, ProbeDataModule, arguments, {}, {}, trainer, ("model.out", "data.folder"))
 
 
 def probes_command(arguments: list[str]) -> None:
@@ -122,7 +133,7 @@ def tune_command(arguments: list[str]) -> None:
 
     trainer = {"max_epochs": 2, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
     callbacks: dict[str, type[L.Callback]] = {"mask": GradientMask, "delta": DeltaCheckpoint}
-    _lightning(NeuronTuner, SycophancyDataModule, arguments, {"model.model": "data.model"}, callbacks, trainer)
+    _lightning(NeuronTuner, SycophancyDataModule, arguments, {"model.model": "data.model"}, callbacks, trainer, ("delta.path",))
 
 
 def select_command(arguments: list[str]) -> None:
@@ -164,7 +175,7 @@ def export_command(arguments: list[str]) -> None:
     """``bad-neurons export``."""
     from bad_neurons.export import export
 
-    _function(export, "export", arguments)
+    _function(export, "export", arguments, ())  # its folder appears whole in the end
 
 
 def report_command(arguments: list[str]) -> None:
@@ -180,7 +191,7 @@ def report_command(arguments: list[str]) -> None:
         path: Path = write_report(run)
         return path
 
-    _function(report, "report", arguments)
+    _function(report, "report", arguments, ("run",))
 
 
 def _lightning(
@@ -190,22 +201,32 @@ def _lightning(
     links: dict[str, str],
     callbacks: dict[str, type[L.Callback]],
     trainer: dict[str, Any],
+    writes: tuple[str, ...],
 ) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("lightning.pytorch", "lightning.fabric"):  # which devices there are not, and advertisements
         logging.getLogger(name).setLevel(logging.WARNING)
-    with warnings.catch_warnings():
+    with ExitStack() as held, warnings.catch_warnings():
         for message in _MEANT:
             warnings.filterwarnings("ignore", message)
-        StageCLI(model, data, arguments, links, callbacks, trainer)
+        StageCLI(model, data, arguments, links, callbacks, trainer, writes, held)
 
 
-def _function(function: Callable[..., Any], name: str, arguments: list[str]) -> Any:
+def _function(function: Callable[..., Any], name: str, arguments: list[str], writes: tuple[str, ...] = ("out", "folder")) -> Any:
     parser = ArgumentParser(prog=f"bad-neurons {name}", description=(function.__doc__ or "").split("\n\n")[0], exit_on_error=False)
     parser.add_argument("--config", action="config", help="Path of a YAML file with these options.")
     parser.add_function_arguments(function, sub_configs=False)
     values = parser.parse_args(arguments)
-    return function(**{key: value for key, value in vars(values).items() if key != "config"})
+    options = {key: value for key, value in vars(values).items() if key != "config"}
+    with ExitStack() as held:
+        _hold(held, [Path(options[name]) for name in writes if options.get(name)])
+        return function(**options)
+
+
+def _hold(held: ExitStack, folders: list[Path]) -> None:
+    """Be the only one to write to each of some folders until ``held`` is closed."""
+    for folder in dict.fromkeys(path.resolve() for path in folders):
+        held.enter_context(sole_writer(folder))
 
 
 def _show(table: Any) -> None:

@@ -97,7 +97,7 @@ def test_what_a_checkpoint_holds(run, tmp_path):
     moments = [value for state in content["optimizer_states"][0]["state"].values() for value in state.values() if value.ndim]
     assert sum(value.numel() for value in moments) == 2 * SIZE
     assert content["bad_neurons"] == {"neurons": module.edit.selection.digest, "model": module.model_digest}
-    assert path.stat().st_size < 3 * 4 * SIZE + 20_000 < 4 * sum(p.numel() for p in module.lm.parameters())
+    assert path.stat().st_size < 3 * 4 * SIZE + 32_000 < 4 * sum(p.numel() for p in module.lm.parameters())
 
 
 def test_the_delta_file_holds_the_deltas_of_the_end(run, tmp_path):

@@ -22,6 +22,7 @@ from bad_neurons.compare.results import write_results
 from bad_neurons.compare.setting import Cell, Options, Setting, cells_of
 from bad_neurons.data.splits import sources_of
 from bad_neurons.errors import UserError
+from bad_neurons.lock import sole_writer
 from bad_neurons.plan import Config, chosen_layers, merged, plan, read_run_config
 from bad_neurons.run import CommandParser, run_stage
 
@@ -76,14 +77,15 @@ def compare(config_path: Path, out: str | None = None, processes: int = 0, only:
     own = options_of(config, methods, str(config_path))
     if unknown := sorted(set(only or ()) - set(methods)):
         raise UserError(f"--only {unknown[0]}: no such method; there are {', '.join(methods)}")
-    with written_aside(folder / "config.yaml") as aside:
-        aside.write_text(config_path.read_text(encoding="utf-8"), encoding="utf-8")
-    prepare(config, folder, methods)
-    setting = setting_of(config, folder)
-    every = list(cells_of(methods, *(own[name] for name in _PLAN)))
-    cells = [cell for cell in every if cell.method in (only or methods)]
-    failed = run_cells(setting, cells, folder / "cells", processes)
-    write_results(folder, own, setting, every)
+    with sole_writer(folder):
+        with written_aside(folder / "config.yaml") as aside:
+            aside.write_text(config_path.read_text(encoding="utf-8"), encoding="utf-8")
+        prepare(config, folder, methods)
+        setting = setting_of(config, folder)
+        every = list(cells_of(methods, *(own[name] for name in _PLAN)))
+        cells = [cell for cell in every if cell.method in (only or methods)]
+        failed = run_cells(setting, cells, folder / "cells", processes)
+        write_results(folder, own, setting, every)
     if failed:
         raise UserError(f"{len(failed)} of {len(cells)} cells failed, the others are kept; the first: {failed[0]}")
     return folder

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -49,6 +51,15 @@ def worker_pool(processes: int, start: Callable[..., None] | None = None, *argum
 def _start(threads: int, start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
     import torch
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     if start:
         start(*arguments)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone: a pool's process waits for work for ever otherwise."""
+    parent = multiprocessing.parent_process()
+    assert parent
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)

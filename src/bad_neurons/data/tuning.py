@@ -6,7 +6,7 @@ import itertools
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import lightning as L
 import torch
@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from bad_neurons.artifacts import digest_json
 from bad_neurons.batching import Rows, Tree, common_prefix, pack, prefix_tree
-from bad_neurons.data.order import EpochOrder, ResumableLoader
+from bad_neurons.data.loader import EpochOrder, ResumableLoader
 from bad_neurons.data.records import Record
 from bad_neurons.data.splits import load_split
 from bad_neurons.data.text import load_paragraphs
@@ -183,6 +183,8 @@ class SycophancyDataModule(L.LightningDataModule):
         self.batch_tokens, self.retention = batch_tokens, retention
         self.retention_rows, self.retention_tokens, self.retention_stride = retention_rows, retention_tokens, retention_stride
         self._batches: dict[str, list[TuningBatch]] = {}
+        self._train: ResumableLoader[TuningBatch] | None = None
+        self._position: dict[str, int] = {}  # of a checkpoint
         self.retained: list[list[int]] = []
 
     @override
@@ -222,7 +224,10 @@ class SycophancyDataModule(L.LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[TuningBatch]:
-        return self._loader("fit", self.seed)
+        self._train = self._loader("fit", self.seed)
+        if self._position:
+            self._train.load_state_dict(self._position)
+        return self._train
 
     @override
     def val_dataloader(self) -> DataLoader[TuningBatch]:
@@ -232,9 +237,17 @@ class SycophancyDataModule(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader[TuningBatch]:
         return self._loader("test")
 
-    def _loader(self, side: str, seed: int | None = None) -> DataLoader[TuningBatch]:
+    def _loader(self, side: str, seed: int | None = None) -> ResumableLoader[TuningBatch]:
         batches = self._batches[side]
-        return ResumableLoader([*batches, no_batch()], EpochOrder(len(batches), seed, rank_of(self.trainer)))
+        return ResumableLoader([*batches, no_batch()], EpochOrder(batches, seed, rank_of(self.trainer)))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self._train.state_dict() if self._train else {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._position = state_dict
 
 
 class HasTopic(Protocol):

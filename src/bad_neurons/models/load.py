@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 _SAMPLES_PER_TENSOR = 4096
+_BLOCK, _BLOCKS = 2**20, 64
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,20 @@ def layer_count(model: str) -> int:
 
 
 def model_stamp(model: str) -> Any:
-    """Something that changes when a local model folder does; names and hub ids stand for themselves."""
+    """Something that changes when a local model folder does, by content and not by date; names and hub ids stand for themselves."""
     folder = Path(model)
-    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.glob("*"))] if folder.is_dir() else model
+    return [[p.name, _file_stamp(p)] for p in sorted(folder.glob("*")) if p.is_file()] if folder.is_dir() else model
+
+
+def _file_stamp(path: Path) -> str:
+    """SHA-256 (hex) over a file's size and up to 64 evenly spaced blocks of 1 MiB of it: all of a small file."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    digest.update(str(size).encode())
+    with open(path, "rb") as handle:
+        for start in range(0, size, max(_BLOCK, size // _BLOCKS)):
+            handle.seek(start)
+            digest.update(handle.read(_BLOCK))
+    return digest.hexdigest()
 
 
 def resolve_device(device: str) -> str:

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bad_neurons.artifacts import written_aside
 from bad_neurons.errors import UserError
+from bad_neurons.writing import sweep, written_aside
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +76,8 @@ def packaged_folder(name: str) -> Path:
     spec = PACKAGED_MODELS[name]
     folder = cache_root() / "models" / f"{name}-{spec.sha256[:12]}"
     if not (folder / "config.json").is_file():
+        if folder.parent.is_dir():
+            sweep(folder.parent)
         log.info("converting %s%s once into %s (about a minute)", PREFIX, name, folder)
         with _gguf_file(name, spec) as gguf, written_aside(folder) as aside:
             _convert(gguf, aside)

@@ -19,8 +19,8 @@ from bad_neurons.models.load import Dtype, load_model
 from bad_neurons.models.prompts import tokenize
 from bad_neurons.models.view import view_decoder
 from bad_neurons.probe.features import Example, PooledFeatures, Pooling, extract_features
-from bad_neurons.sae.load import SAEs, layer_folder
 from bad_neurons.ranks import ALONE, Rank
+from bad_neurons.sae.load import SAEs, layer_folder
 
 
 class AnswerFeatures(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from bad_neurons.data.order import EpochOrder
+from bad_neurons.data.loader import EpochOrder
 from bad_neurons.data.splits import load_split
 from bad_neurons.data.tuning import draw_evenly
 from bad_neurons.errors import UserError
@@ -135,4 +135,4 @@ class ProbeDataModule(L.LightningDataModule):
 
     def _loader(self, side: str) -> DataLoader[ProbeBatch]:
         # One batch, which each of several processes reads: the problem is small and convex, and all find the same optimum.
-        return DataLoader([self._sides[side]], batch_size=None, sampler=EpochOrder(1))  # type: ignore[arg-type]
+        return DataLoader([self._sides[side]], batch_size=None, sampler=EpochOrder([side]))  # type: ignore[arg-type]

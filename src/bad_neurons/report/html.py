@@ -221,7 +221,7 @@ def _counts(selection: Mapping[str, Any]) -> dict[int, int]:
 
 
 def _curves(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """Points (step, value) by column of a CSVLogger's file, whose rows have empty cells."""
+    """Points (step, value) by column of a log of metrics, whose rows have empty cells."""
     curves: dict[str, list[tuple[float, float]]] = {}
     if path.is_file():
         with open(path, encoding="utf-8", newline="") as handle:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -18,7 +19,7 @@ from typing_extensions import override
 
 from bad_neurons.artifacts import digest_json
 from bad_neurons.batching import Rows, batches_by_length, pack_sequences
-from bad_neurons.data.order import EpochOrder, ResumableLoader
+from bad_neurons.data.loader import EpochOrder, ResumableLoader
 from bad_neurons.data.splits import load_split
 from bad_neurons.data.text import load_paragraphs
 from bad_neurons.errors import UserError
@@ -103,6 +104,8 @@ class ActivationDataModule(L.LightningDataModule):
         self.topics = (validation_topics, test_topics, split_seed)
         self._train: dict[int, Tensor] = {}
         self._held_out: dict[int, Tensor] = {}
+        self._read: ResumableLoader[dict[int, Tensor]] | None = None
+        self._position: dict[str, int] = {}  # of a checkpoint
 
     def harvest(self, rank: Rank = ALONE) -> None:
         """Read the model and write the shards that are missing; every rank writes its share."""
@@ -146,18 +149,29 @@ class ActivationDataModule(L.LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[dict[int, Tensor]]:
-        return self._loader(self._train, self.seed)
+        self._read = self._loader(self._train, self.seed)
+        if self._position:
+            self._read.load_state_dict(self._position)
+        return self._read
 
     @override
     def val_dataloader(self) -> DataLoader[dict[int, Tensor]]:
         return self._loader(self._held_out)
 
-    def _loader(self, activations: dict[int, Tensor], order: int | None = None) -> DataLoader[dict[int, Tensor]]:
+    def _loader(self, activations: dict[int, Tensor], order: int | None = None) -> ResumableLoader[dict[int, Tensor]]:
         rank = rank_of(self.trainer)
         if self.batch_size < rank.world:
             raise UserError(f"--data.batch_size {self.batch_size}: at least one token for each of {rank.world} processes")
         batches = ActivationBatches(activations, self.batch_size, self.seed, rank)
-        return ResumableLoader(batches, EpochOrder(len(batches), order))  # type: ignore[arg-type]
+        return ResumableLoader(batches, EpochOrder(batches, order))  # type: ignore[arg-type]
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self._read.state_dict() if self._read else {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._position = state_dict
 
     @override
     def test_dataloader(self) -> DataLoader[dict[int, Tensor]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -58,6 +59,13 @@ class SAEFitter(L.LightningModule):
         )
         self.saes = nn.ModuleDict()
         self._sums: dict[int, dict[str, Tensor]] = {}
+        self.metrics: dict[str, dict[str, float]] = {}
+
+    @override
+    def configure_callbacks(self) -> list[Callback]:
+        from bad_neurons.callbacks import ExactResume, StopInOrder  # they import a module that imports this one
+
+        return [ExactResume(), StopInOrder()]
 
     @override
     def setup(self, stage: str) -> None:
@@ -166,6 +174,14 @@ class SAEFitter(L.LightningModule):
             "l0": float(sums["fired"].sum() / sums["n"]),
             "dead_features": float(((sums["fired"] == 0) & silent).float().mean()),
         }
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["metrics"] = self.metrics
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.metrics = checkpoint.get("metrics", {})
 
     @override
     def on_fit_end(self) -> None:

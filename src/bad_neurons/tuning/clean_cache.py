@@ -11,6 +11,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from bad_neurons.artifacts import read_tensors, write_tensors
+from bad_neurons.errors import UserError
+from bad_neurons.writing import sweep
 
 
 class CleanPass(NamedTuple):
@@ -52,6 +54,8 @@ class CleanCache:
         self.hits = self.misses = 0
         self._kept: dict[str, CleanPass] = {}
         self._used = 0
+        if folder and folder.is_dir():
+            sweep(folder)
 
     def get(self, key: str) -> CleanPass | None:
         """The pass of the batch with digest ``key``, or None."""
@@ -74,7 +78,10 @@ class CleanCache:
     def _read(self, key: str) -> CleanPass | None:
         if not self.folder or not self._path(key).is_file():
             return None
-        tensors, _ = read_tensors(self._path(key), "kept clean pass")
+        try:
+            tensors, _ = read_tensors(self._path(key), "kept clean pass")
+        except UserError:  # damaged, or gone meanwhile: it can be computed again
+            return None
         self._keep(key, clean := CleanPass(**tensors))
         return clean
 

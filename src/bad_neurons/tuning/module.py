@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
 
@@ -119,6 +120,7 @@ class NeuronTuner(L.LightningModule):
         self.view = view_decoder(loaded.model)
         self.edit: Edit | None = None
         self._window, self._held_out = _no_sums(), _no_sums()  # since the last optimizer step; of a validation or test
+        self._halfway: list[Tensor] = []  # gradients of a window in the middle of which a checkpoint was saved
 
     @classmethod
     def of(cls, loaded: LanguageModel, **options: Any) -> NeuronTuner:
@@ -195,6 +197,18 @@ class NeuronTuner(L.LightningModule):
         if not self.shift_weight or clean.odds is not None or clean.teacher is None or batch.pairs is None:
             return clean
         return clean._replace(odds=log_odds(self.view, clean.teacher, batch.pairs))
+
+    @override
+    def configure_callbacks(self) -> list[Callback]:
+        from bad_neurons.callbacks import ExactResume, StopInOrder  # they import this module
+
+        return [ExactResume(), StopInOrder()]
+
+    @override
+    def on_train_start(self) -> None:
+        for parameter, gradient in zip(self._edit.trainable(), self._halfway, strict=False):
+            parameter.grad = gradient.to(parameter)
+        self._halfway = []
 
     @override
     def training_step(self, batch: TuningBatch, batch_idx: int) -> Tensor:
@@ -282,6 +296,9 @@ class NeuronTuner(L.LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["bad_neurons"] = {"neurons": self._edit.digest, "model": self.model_digest}
+        if self._window[:, 1].any():  # in the middle of an accumulation window, of which each process has a part
+            gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).cpu() for p in self._edit.trainable()]
+            checkpoint["bad_neurons"]["window"] = rank_of(self.trainer).gather({"sums": self._window, "gradients": gradients})
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -289,6 +306,9 @@ class NeuronTuner(L.LightningModule):
         for name, value in mine.items():
             if found.get(name) != value:
                 raise UserError(f"--ckpt_path: the checkpoint belongs to other {name} ({str(found.get(name))[:12]}, here {value[:12]})")
+        if "window" in found and len(found["window"]) == self.trainer.world_size:  # else the data module refuses
+            window = found["window"][self.trainer.global_rank]
+            self._window, self._halfway = window["sums"], window["gradients"]
 
     def whiteners(self) -> dict[torch.nn.Parameter, Tensor]:
         """R of each parameter for the optimizer ``whitened``, from the data module's retention text.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -54,7 +55,8 @@ class Kept:
         with open(self._path, "a+b", buffering=0) as handle:
             if handle.tell() and not _ends_a_line(handle.fileno()):
                 line = b"\n" + line  # what was torn off stays a line of its own, and is ignored
-            handle.write(line)
+            if handle.write(line) < len(line):  # what fits on a full disk is written without a complaint
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(handle.fileno())
 
     def _read(self) -> dict[str, dict[str, Any]]:
