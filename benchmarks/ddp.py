@@ -138,6 +138,7 @@ def tune(folder: Path, out: str, epochs: int = 2, resume: str | None = None, cut
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
     from bad_neurons.data.tuning import SycophancyDataModule
+    from bad_neurons.tuning import sharded as sharded  # registers the strategy fsdp2
     from bad_neurons.tuning.module import NeuronTuner
 
     class Steps(Callback):
@@ -178,8 +179,16 @@ def tune(folder: Path, out: str, epochs: int = 2, resume: str | None = None, cut
     held_out = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")}
     trainer.test(module, data, verbose=False)
     held_out |= {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("test/")}
+    whole = sum(p.numel() for part in module.view.layers[:-1] for p in part.layer.parameters())
+    here = sum(getattr(p, "_local_tensor", p).numel() for part in module.view.layers[:-1] for p in part.layer.parameters())
     deltas = {n: t.tolist() for n, t in module.edit.deltas().items()}  # type: ignore[union-attr]
-    return {"steps": steps.logged, "held_out": held_out, "deltas": deltas, "batches": [len(b) for b in data._batches.values()]}
+    return {
+        "steps": steps.logged,
+        "held_out": held_out,
+        "deltas": deltas,
+        "batches": [len(b) for b in data._batches.values()],
+        "share": here / whole,
+    }
 
 
 def fit_saes(folder: Path, out: str) -> dict[str, Any]:
@@ -219,6 +228,15 @@ def everything(folder: Path, out: str) -> dict[str, Any]:
     """All of these, below ``out``; keys are texts, as in JSON."""
     work = {"tune": tune(folder, f"{out}/tuning"), "saes": fit_saes(folder, f"{out}/sae"), "measured": measure(folder, f"{out}/evaluation")}
     return json.loads(json.dumps(work))  # type: ignore[no-any-return]
+
+
+def tune_sharded(folder: Path, out: str) -> dict[str, Any]:
+    """:func:`tune` with the frozen layers divided over the processes, with and without kept activations."""
+    options = {"strategy": "fsdp2"}
+    once = {
+        name: tune(folder, f"{out}-{name}", 1, trainer=options, tuner={"checkpointing": name == "saving"}) for name in ("plain", "saving")
+    }
+    return once | {"whole": tune(folder, f"{out}-whole", 1)}
 
 
 def resumed(folder: Path, way: str) -> dict[str, Any]:

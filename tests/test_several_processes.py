@@ -89,3 +89,15 @@ def test_another_number_of_processes_goes_on_from_the_end_of_an_epoch(found, fol
     assert difference(resumed["value"]["steps"], one["steps"][4:]) < 1e-6
     with pytest.raises(RuntimeError, match="in the middle of an epoch with 2 processes, but here it is 1; go on with 2, or from a"):
         in_world(1, ddp.tune, folder, "one-more", 2, str(place / "step=3.ckpt"))
+
+
+def test_a_model_divided_over_two_processes_learns_the_same(folder):
+    for found in (rank["value"] for rank in in_world(2, ddp.tune_sharded, folder, "sharded")):
+        assert (len(found["whole"]["steps"]), found["whole"]["share"]) == (4, 1.0)
+        for name in ("plain", "saving"):
+            assert found[name]["share"] == pytest.approx(0.5, abs=0.01)
+            assert difference(found[name]["steps"], found["whole"]["steps"]) < 1e-6
+            assert difference(found[name]["held_out"], found["whole"]["held_out"]) < 1e-6
+            assert difference(found[name]["deltas"], found["whole"]["deltas"]) < 1e-6
+    files = [(folder / f"sharded-{name}" / "delta.safetensors").stat().st_size for name in ("plain", "whole")]
+    assert files[0] == files[1]

@@ -78,10 +78,28 @@ ALONE = Rank()
 
 
 def rank_of(trainer: Any) -> Rank:
-    """The process as a Lightning Trainer sees it; the only one where there is no Trainer or it has one process."""
-    if trainer is None or trainer.world_size == 1:
+    """The process as a Lightning Trainer sees it; the only one where there is no Trainer or it has one process.
+
+    Raises:
+        UserError: a strategy that divides the model in a way that does not fit.
+    """
+    if trainer is None or (trainer.world_size == 1 and type(trainer.strategy).__name__ == "SingleDeviceStrategy"):
         return ALONE
+    check_strategy(type(trainer.strategy).__name__.removesuffix("Strategy"))
     return Rank(trainer.global_rank, trainer.world_size, trainer.strategy.barrier, str(trainer.strategy.root_device))
+
+
+def check_strategy(name: str) -> None:
+    """Refuse strategies of Lightning that divide the model in another way than ours (:mod:`bad_neurons.tuning.sharded`).
+
+    Raises:
+        UserError: such a strategy (fsdp, deepspeed, model parallel).
+    """
+    if not name.lower().startswith(("auto", "ddp", "fsdp2", "sharded", "singledevice", "single_device")):
+        raise UserError(
+            f"--trainer.strategy {name}: every process holds the frozen model and its own part of the batches; give ddp, or for "
+            "`tune` with a model that does not fit one device fsdp2"
+        )
 
 
 class Started(NamedTuple):
@@ -173,7 +191,7 @@ def speaks() -> bool:
 
 
 def let_others_end() -> None:
-    """Once this process has said why it fails: part from the others, whose calls then fail, and wait until they have asked who was first."""
+    """Once this process has said why it fails: part from the others, whose calls then fail, and wait until they have asked for it."""
     store = _common_store()
     if store is None:
         return

@@ -93,7 +93,7 @@ class ResumableLoader(DataLoader[Batch]):
         for name, here in (("batches", self.order.count), ("processes", self.order.processes.world)):
             if inside and state_dict[name] != here:
                 raise UserError(
-                    f"--ckpt_path: it was saved in the middle of an epoch with {state_dict[name]} {name}, but here it is {here}; go on with "
-                    f"{state_dict[name]}, or from a checkpoint of an epoch's end"
+                    f"--ckpt_path: it was saved in the middle of an epoch with {state_dict[name]} {name}, but here it is {here}; "
+                    f"go on with {state_dict[name]}, or from a checkpoint of an epoch's end"
                 )
         self._first = self._position = (state_dict["epoch"], state_dict["read"])

@@ -91,6 +91,14 @@ def no_batch() -> TuningBatch:
     return TuningBatch(rows, ids, ids, none, none, none)
 
 
+def _idle(batches: Sequence[TuningBatch], target: Target) -> TuningBatch:
+    """A batch that runs the layers that the others run, and counts nothing."""
+    first, *others = batches
+    if any((first.teacher is None) != (other.teacher is None) for other in others):
+        raise UserError(f"--trainer.strategy fsdp2: with --data.target {target} every record needs a neutral prompt")
+    return first._replace(honest=0 * first.honest, neutral=0 * first.neutral, retained=0 * first.retained, pairs=None)
+
+
 class _Group(NamedTuple):
     """Answers to one prompt, or one piece of retention text.
 
@@ -239,7 +247,10 @@ class SycophancyDataModule(L.LightningDataModule):
 
     def _loader(self, side: str, seed: int | None = None) -> ResumableLoader[TuningBatch]:
         batches = self._batches[side]
-        return ResumableLoader([*batches, no_batch()], EpochOrder(batches, seed, rank_of(self.trainer)))
+        nothing = no_batch()
+        if self.trainer is not None and type(self.trainer.strategy).__name__ == "ShardedStrategy":
+            nothing = _idle(batches, self.target)
+        return ResumableLoader([*batches, nothing], EpochOrder(batches, seed, rank_of(self.trainer)))
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -155,13 +155,14 @@ class NeuronTuner(L.LightningModule):
     def losses(self, batch: TuningBatch) -> BatchSums:
         """Sums of the losses over the supervised tokens of one batch."""
         if not len(batch.at):  # a rank may have drawn nothing; it still takes part in the step
-            zero = sum(p.sum() for p in self._edit.trainable()) * 0.0
-            return BatchSums(zero, *([zero.detach()] * 5))  # type: ignore[arg-type, union-attr]
+            return _nothing(sum(p.sum() for p in self._edit.trainable()))  # type: ignore[arg-type]
         frame = open_frame(self.view, batch.rows)
         clean = self._clean_pass(batch, frame)
         hidden = torch.zeros_like(frame.embedded).masked_scatter_(batch.rows.attention_mask[..., None].bool(), clean.hidden)
         tuned = finish(self.view, frame, hidden, self._edit.first_layer, batch.at, self._run)
         stays = {"answer": batch.answer, "retention": batch.retained, "both": batch.answer + batch.retained}[self.kl_on]
+        if batch.pairs is None and not (batch.answer + batch.retained).any():  # nothing, but all ranks run the same layers
+            return _nothing(tuned.sum())
         asked = Supervision(clean.final, batch.targets, batch.honest, stays, batch.neutral, clean.teacher)
         if batch.answer.any():
             sums = loss_sums(self.view, tuned, asked, self.alpha, self.beta)
@@ -330,6 +331,12 @@ class NeuronTuner(L.LightningModule):
         if self.edit is None:
             raise UserError("tune: no neurons attached; give --mask.neurons neurons.json (callback GradientMask)")
         return self.edit
+
+
+def _nothing(reached: Tensor) -> BatchSums:
+    """Sums over no token, with a gradient of zero for all that a number depends on."""
+    zero = reached * 0.0
+    return BatchSums(zero, *([zero.detach()] * 5))
 
 
 def _no_sums() -> Tensor:
