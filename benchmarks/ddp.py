@@ -13,7 +13,6 @@ import os
 import socket
 import sys
 import tempfile
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -34,9 +33,7 @@ def in_world(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(world)]
     started = [context.Process(target=_process, args=(rank, world, port, send, work, arguments)) for rank, (_, send) in enumerate(pipes)]
     for process, (_, send) in zip(started, pipes, strict=True):
@@ -53,6 +50,14 @@ def in_world(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
     if failed := [text for text in found if isinstance(text, str)]:
         raise RuntimeError("\n".join(failed))
     return found
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def torchrun_environment(rank: int, world: int, port: int) -> dict[str, str]:
@@ -78,8 +83,6 @@ def _process(rank: int, world: int, port: int, send: Any, work: Callable[..., An
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        if os.environ.get("DDP_CPU"):
-            sys.stderr.write(f"CPU {time.process_time():.1f} {world}\n")
 
 
 # What is tuned

@@ -5,12 +5,12 @@ from __future__ import annotations
 import lightning as L
 import pytest
 import torch
-from ddp import in_world
+from ddp import free_port, in_world
 
 from bad_neurons import cli
 from bad_neurons.errors import UserError
 from bad_neurons.ranks import ALONE, Rank, Started, check_strategy, join, rank_of, started
-from rank_failures import failing
+from rank_work import failing, joined_twice
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
 SRUN = {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_NNODES": "2", "SLURM_STEP_NUM_NODES": "2"}
@@ -117,3 +117,8 @@ def test_a_failure_on_one_process_ends_all_with_one_message(number):
     assert said == ["bad-neurons: records.jsonl: cannot be read\n"]
     if number is not None:
         assert found[number][1]
+
+
+@pytest.mark.ddp
+def test_stages_of_a_run_each_have_their_own_processes():
+    assert [rank["value"] for rank in in_world(2, joined_twice, free_port())] == [[2, 0, 2, 0]] * 2
