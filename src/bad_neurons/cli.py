@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 
 from bad_neurons import __version__
 from bad_neurons.errors import UserError
+from bad_neurons.ranks import let_others_end, lost, speaks, started
 from bad_neurons.stopping import Stopped, stopped_by_sigterm
 from bad_neurons.writing import disk_error
 
+_TOGETHER = ("sae", "probe", "tune", "evaluate")  # commands whose work several processes share
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 # command: (module, function, one line of help). The function takes the remaining arguments.
@@ -47,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments[0] not in COMMANDS:
         return _refuse(f"{arguments[0]}: no such command; there are {', '.join(COMMANDS)}")
+    there = started()
+    if there.world > 1 and arguments[0] not in _TOGETHER:
+        return _alone(arguments[0], there.world) if there.number == 0 else 2
     module, function, _ = COMMANDS[arguments[0]]
     log, handler = logging.getLogger("bad_neurons"), logging.StreamHandler(sys.stderr)
     log.setLevel(logging.INFO)
@@ -56,7 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             command: Callable[[list[str]], None] = getattr(importlib.import_module(module), function)
             command(arguments[1:])
     except Exception as error:
-        return _refuse(_one_line(error))
+        if not speaks():
+            return 2
+        try:
+            return _refuse(_one_line(error))
+        finally:
+            let_others_end()
     except Stopped as stop:
         sys.stderr.write(f"\nstopped by {stop.name}; the same command goes on from where it can\n")
         return int(stop.code or 0)
@@ -76,6 +86,8 @@ def _one_line(error: Exception) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UserError):
         cause = cause.__cause__ or cause.__context__
+    if cause is None and lost(error):
+        return "another process of this run has ended without a word (killed, or out of memory); the same command goes on from where it can"
     if cause is None and isinstance(error, ArgumentError):
         return " ".join(str(error).split())
     if cause is None and (failed := disk_error(error)) and failed.errno in _OF_THE_DISK:
@@ -84,6 +96,11 @@ def _one_line(error: Exception) -> str:
         traceback.print_exception(error)
         raise SystemExit(1)
     return str(cause)
+
+
+def _alone(command: str, world: int) -> int:
+    more = "; give `trainer: {devices: ..., strategy: ddp}` in the sections of its configuration" if command == "run" else ""
+    return _refuse(f"{command}: works in one process, but {world} were started together; start it once{more}")
 
 
 def _refuse(message: str) -> int:

@@ -27,6 +27,7 @@ from bad_neurons.errors import UserError
 from bad_neurons.lock import sole_writer
 from bad_neurons.models.load import model_stamp
 from bad_neurons.plan import Config, Stage, plan, read_run_config
+from bad_neurons.ranks import leave
 from bad_neurons.writing import remove
 
 log = logging.getLogger(__name__)
@@ -142,6 +143,7 @@ def _call(stage: Stage, folder: Path, resume: bool) -> None:
         command(arguments)
     finally:
         sys.argv = typed
+        leave()
 
 
 def _model_stamp(config: Config) -> Any:

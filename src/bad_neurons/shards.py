@@ -4,36 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
 from bad_neurons.artifacts import read_metadata, write_tensors
+from bad_neurons.ranks import ALONE, Rank
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-class Rank(NamedTuple):
-    """One of several processes that do the same work together.
-
-    Attributes:
-        number: which one, from 0.
-        world: how many there are.
-        wait: returns when all of them have called it.
-    """
-
-    number: int = 0
-    world: int = 1
-    wait: Callable[[], Any] = lambda: None
-
-
-ALONE = Rank()
-
-
-def rank_of(trainer: Any) -> Rank:
-    """The process as a Lightning Trainer sees it; the only one where there is no Trainer."""
-    return Rank(trainer.global_rank, trainer.world_size, trainer.strategy.barrier) if trainer else ALONE
 
 
 def fill_shards(
@@ -62,11 +41,11 @@ def fill_shards(
         Their paths, in order.
     """
     paths = [folder / f"{name}-{number:05d}.safetensors" for number in range(count)]
-    for number in tqdm(range(rank.number, count, rank.world), desc=what, unit="shard", disable=rank.number > 0):
+    for number in tqdm(rank.share(range(count)), desc=what, unit="shard", disable=rank.number > 0):
         if not paths[number].is_file() or read_metadata(paths[number]).get("key") != key:
             write_tensors(paths[number], compute(number), {"key": key})
-    rank.wait()
     if rank.number == 0:
         for stale in set(folder.glob(f"{name}-*.safetensors")) - set(paths):
             stale.unlink()
+    rank.wait()
     return paths

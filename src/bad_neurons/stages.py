@@ -20,6 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 from bad_neurons.lock import sole_writer
+from bad_neurons.ranks import check_strategy, started
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -83,6 +84,13 @@ class StageCLI(LightningCLI):
         options = self.config[self.subcommand] if self.subcommand else self.config
         _hold(self._held, [Path(options[name]).parent if name.endswith(".path") else Path(options[name]) for name in self._writes])
 
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        strategy = self._get(self.config_init, "trainer.strategy")
+        if isinstance(strategy, str):
+            check_strategy(strategy)  # Lightning's own complaints are tracebacks
+        return super().instantiate_trainer(**kwargs)
+
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
@@ -128,6 +136,7 @@ def tune_command(arguments: list[str]) -> None:
     """``bad-neurons tune fit|validate|test``."""
     from bad_neurons.callbacks import DeltaCheckpoint, GradientMask
     from bad_neurons.data.tuning import SycophancyDataModule
+    from bad_neurons.tuning import sharded as sharded  # registers its strategy
     from bad_neurons.tuning.module import NeuronTuner
 
     trainer = {"max_epochs": 2, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
@@ -147,7 +156,9 @@ def evaluate_command(arguments: list[str]) -> None:
     from bad_neurons.evaluation.evaluate import evaluate
     from bad_neurons.report.terminal import results_table
 
-    _show(results_table(_function(evaluate, "evaluate", arguments)))
+    table = results_table(_function(evaluate, "evaluate", arguments))
+    if started().number == 0:
+        _show(table)
 
 
 def judge_command(arguments: list[str]) -> None:

@@ -165,7 +165,7 @@ def test_sums_against_transformers(tuner, choose, tiny, make_batch):
     assert min(kl.values()) > 0.01
     for kl_on, expected in kl.items():
         module.kl_on = kl_on
-        found = torch.stack(list(module.losses(batch))).detach()
+        found = torch.stack(list(module.losses(batch))[:5]).detach()
         torch.testing.assert_close(
             found, torch.stack([target + 0.7 * expected - 0.3 * entropy, target, 0 * target, expected, entropy]), rtol=1e-4, atol=1e-3
         )
@@ -259,7 +259,7 @@ def test_a_batch_without_supervision_takes_part_with_nothing(tuner, choose, tiny
     batch = make_batch([(5, 4)])
     sums = module.losses(batch._replace(**{name: getattr(batch, name)[:0] for name in ("at", "targets", "honest", "neutral", "retained")}))
     sums.loss.backward()
-    assert [s.item() for s in sums] == [0.0] * 5
+    assert [s.item() for s in sums] == [0.0] * 6
     assert all(not p.grad.any() for p in module.edit.trainable())
 
 

@@ -6,7 +6,7 @@ import itertools
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import lightning as L
 import torch
@@ -24,6 +24,7 @@ from bad_neurons.data.text import load_paragraphs
 from bad_neurons.errors import UserError
 from bad_neurons.models.load import resolve_model
 from bad_neurons.models.prompts import Turn, tokenize, tokenize_text
+from bad_neurons.ranks import rank_of
 from bad_neurons.tuning.shift import Pairs
 
 Target = Literal["honest", "neutral", "mixed", "shift"]
@@ -81,6 +82,21 @@ class TuningBatch(NamedTuple):
     def tokens(self) -> float:
         """What the sums are divided by: the weight of all answer tokens; their number where none has a weight (target ``shift``)."""
         return float(self.answer.sum()) or float(len(self.pairs.at) if self.pairs else 0)
+
+
+def no_batch() -> TuningBatch:
+    """A batch of nothing, for a process for which none is left."""
+    none, ids = torch.zeros(0), torch.zeros(0, dtype=torch.long)
+    rows = Rows(*[torch.zeros(0, 0, dtype=torch.long)] * 4, branched=False)
+    return TuningBatch(rows, ids, ids, none, none, none)
+
+
+def _idle(batches: Sequence[TuningBatch], target: Target) -> TuningBatch:
+    """A batch that runs the layers that the others run, and counts nothing."""
+    first, *others = batches
+    if any((first.teacher is None) != (other.teacher is None) for other in others):
+        raise UserError(f"--trainer.strategy fsdp2: with --data.target {target} every record needs a neutral prompt")
+    return first._replace(honest=0 * first.honest, neutral=0 * first.neutral, retained=0 * first.retained, pairs=None)
 
 
 class _Group(NamedTuple):
@@ -175,6 +191,8 @@ class SycophancyDataModule(L.LightningDataModule):
         self.batch_tokens, self.retention = batch_tokens, retention
         self.retention_rows, self.retention_tokens, self.retention_stride = retention_rows, retention_tokens, retention_stride
         self._batches: dict[str, list[TuningBatch]] = {}
+        self._train: ResumableLoader[TuningBatch] | None = None
+        self._position: dict[str, int] = {}  # of a checkpoint
         self.retained: list[list[int]] = []
 
     @override
@@ -214,16 +232,33 @@ class SycophancyDataModule(L.LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[TuningBatch]:
-        batches = self._batches["fit"]
-        return ResumableLoader(batches, batch_size=None, sampler=EpochOrder(batches, self.seed))  # type: ignore[arg-type]
+        self._train = self._loader("fit", self.seed)
+        if self._position:
+            self._train.load_state_dict(self._position)
+        return self._train
 
     @override
     def val_dataloader(self) -> DataLoader[TuningBatch]:
-        return DataLoader(self._batches["validate"], batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
+        return self._loader("validate")
 
     @override
     def test_dataloader(self) -> DataLoader[TuningBatch]:
-        return DataLoader(self._batches["test"], batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
+        return self._loader("test")
+
+    def _loader(self, side: str, seed: int | None = None) -> ResumableLoader[TuningBatch]:
+        batches = self._batches[side]
+        nothing = no_batch()
+        if self.trainer is not None and type(self.trainer.strategy).__name__ == "ShardedStrategy":
+            nothing = _idle(batches, self.target)
+        return ResumableLoader([*batches, nothing], EpochOrder(batches, seed, rank_of(self.trainer)))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self._train.state_dict() if self._train else {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._position = state_dict
 
 
 class HasTopic(Protocol):

@@ -23,6 +23,7 @@ from bad_neurons.evaluation.suites.beliefs import accuracy_effects
 from bad_neurons.models.load import Dtype, LanguageModel, in_float32, load_model
 from bad_neurons.models.prompts import readable
 from bad_neurons.models.view import view_decoder
+from bad_neurons.ranks import Rank, join
 from bad_neurons.tuning.delta_file import LoadedDelta, load_delta
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ def evaluate(
     max_paragraphs: int = 40,
     answers: int = 10,
     dtype: Dtype = "auto",
+    devices: int = 0,
 ) -> dict[str, Any]:
     """Measure a model, with and without a delta where one is given, and write ``results.json`` and ``items.jsonl``.
 
@@ -62,16 +64,19 @@ def evaluate(
         max_paragraphs: paragraphs of it that are read.
         answers: real answers written to ``answers.jsonl``, from the first suite.
         dtype: dtype of the model.
+        devices: processes on this machine, each on a device of its own, that share the work; 0 is as many as torchrun or srun has
+            started, and one where they have not. Each item is measured once, and the numbers are those of one process.
 
     Raises:
         UserError: the delta belongs to another model, or a suite cannot be read.
     """
     start = time.monotonic()
+    rank = join(devices)
     records = _read_suites(suites, optional_suites, trained_on, (validation, test, split_seed), max_items)
-    lm = load_model(model, dtype)
+    lm = load_model(model, dtype, rank.device)
     view = view_decoder(lm.model)
     loaded = load_delta(lm.model, delta) if delta else None
-    scored = score_items(view, lm.tokenizer, records, loaded)
+    scored = score_items(view, lm.tokenizer, records, loaded, rank=rank)
     items = {source: {when: rows for when, rows in sides._asdict().items() if rows} for source, sides in scored.items()}
     results: dict[str, Any] = {
         "model": model,
@@ -84,14 +89,17 @@ def evaluate(
     if text:
         paragraphs = load_paragraphs(text, "measure")[:max_paragraphs]
         with in_float32(lm.model):
-            effects = side_effects(view, lm.tokenizer, paragraphs, loaded) | effects
+            effects = side_effects(view, lm.tokenizer, paragraphs, loaded, rank=rank) | effects
     if effects:
         results["side_effects"] = effects
-    if answers:
-        write_jsonl(Path(out) / "answers.jsonl", _answers(lm, loaded, draw_evenly(next(iter(records.values())), answers, split_seed)))
-    write_jsonl(Path(out) / "items.jsonl", _item_rows(items))
+    texts = _answers(lm, loaded, draw_evenly(next(iter(records.values())), answers, split_seed), rank) if answers else []
     results["seconds"] = {"evaluation": round(time.monotonic() - start, 1)}
-    write_json(Path(out) / "results.json", results)
+    if rank.number == 0:
+        if answers:
+            write_jsonl(Path(out) / "answers.jsonl", texts)
+        write_jsonl(Path(out) / "items.jsonl", _item_rows(items))
+        write_json(Path(out) / "results.json", results)
+    rank.wait()
     return results
 
 
@@ -133,15 +141,15 @@ def _item_rows(items: dict[str, dict[str, list[dict[str, Any]]]]) -> list[dict[s
     ]
 
 
-def _answers(lm: LanguageModel, loaded: LoadedDelta | None, records: list[Record]) -> list[dict[str, Any]]:
+def _answers(lm: LanguageModel, loaded: LoadedDelta | None, records: list[Record], rank: Rank) -> list[dict[str, Any]]:
     prompts = [record.prompt for record in records]
     off: AbstractContextManager[Any] | None = loaded.disabled() if loaded else None
     if off is None:
-        before, after = greedy_answers(lm.model, lm.tokenizer, prompts), None
+        before, after = greedy_answers(lm.model, lm.tokenizer, prompts, rank=rank), None
     else:
         with off:
-            before = greedy_answers(lm.model, lm.tokenizer, prompts)
-        after = greedy_answers(lm.model, lm.tokenizer, prompts)
+            before = greedy_answers(lm.model, lm.tokenizer, prompts, rank=rank)
+        after = greedy_answers(lm.model, lm.tokenizer, prompts, rank=rank)
     return [
         {"prompt": readable(r.prompt), "person_is_right": r.person_is_right, "before": b} | ({"after": after[i]} if after else {})
         for i, (r, b) in enumerate(zip(records, before, strict=True))

@@ -9,12 +9,17 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bad_neurons.models.prompts import Turn, tokenize
+from bad_neurons.ranks import ALONE, Rank
 
 _BATCH = 16  # prompts that are continued together, padded on the left
 
 
 def greedy_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Turn]], max_new_tokens: int = 40
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[Turn]],
+    max_new_tokens: int = 40,
+    rank: Rank = ALONE,
 ) -> list[str]:
     """The model's own answer to each prompt, without sampling, cut where it would go on to a further turn.
 
@@ -23,13 +28,13 @@ def greedy_answers(
         tokenizer: its tokenizer.
         prompts: the turns of each.
         max_new_tokens: length of an answer at most.
+        rank: which of several processes this is; each continues its part of the prompts, and all get the answers of all.
     """
     ids = [tokenize(tokenizer, turns).prompt for turns in prompts]
-    return [
-        answer
-        for start in range(0, len(ids), _BATCH)
-        for answer in _continue(model, tokenizer, ids[start : start + _BATCH], max_new_tokens)
-    ]
+    starts = range(0, len(ids), _BATCH)
+    mine = {start: _continue(model, tokenizer, ids[start : start + _BATCH], max_new_tokens) for start in rank.share(starts)}
+    every = {start: answers for part in rank.gather(mine) for start, answers in part.items()}
+    return [answer for start in starts for answer in every[start]]
 
 
 def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int) -> list[str]:

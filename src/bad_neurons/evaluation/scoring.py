@@ -18,6 +18,7 @@ from bad_neurons.models.head import token_log_probs
 from bad_neurons.models.passes import Switch, before_and_after
 from bad_neurons.models.prompts import Turn, tokenize
 from bad_neurons.models.view import DecoderView
+from bad_neurons.ranks import ALONE, Rank
 
 
 class Request(NamedTuple):
@@ -63,6 +64,7 @@ def answer_log_probs(
     edit: Switch | None = None,
     max_tokens: int = 2048,
     what: str = "scoring",
+    rank: Rank = ALONE,
 ) -> Sides:
     """Sum of the log-probabilities, in nats, of each answer's tokens, without and with an edit.
 
@@ -76,17 +78,22 @@ def answer_log_probs(
         edit: the edit to switch off for ``before``; None where there is none.
         max_tokens: tokens of one batch after padding, and of one row.
         what: text of the progress bar.
+        rank: which of several processes this is; each scores its part of the batches, and all get the scores of all.
+
+    Raises:
+        RuntimeError: a request was scored twice or not at all.
     """
     tokens = [tokenize(tokenizer, request.turns, request.answer) for request in requests]
     read = [ids.prompt + ids.answer[:-1] for ids in tokens]  # nothing is predicted behind the last token
-    before, after = [0.0] * len(requests), [0.0] * len(requests)
-    for batch in tqdm(shared_batches(read, max_tokens), desc=what, unit="batch", leave=False):
-        asked = [(number, path[-len(tokens[number].answer) :]) for number, path in zip(batch.numbers, batch.paths, strict=True)]
-        sides = _score(view, batch.rows, [places for _, places in asked], [tokens[number].answer for number, _ in asked], edit)
-        for kept, scores in zip((before, after), sides, strict=True):
-            for (number, _), score in zip(asked, scores.tolist(), strict=True):
-                kept[number] = score
-    return Sides(before, after if edit else None)
+    found = torch.zeros(3, len(requests), dtype=torch.float64)  # before, after, how often it was scored
+    for batch in tqdm(rank.share(shared_batches(read, max_tokens)), desc=what, unit="batch", leave=False, disable=rank.number > 0):
+        places = [path[-len(tokens[number].answer) :] for number, path in zip(batch.numbers, batch.paths, strict=True)]
+        before, after = _score(view, batch.rows, places, [tokens[number].answer for number in batch.numbers], edit)
+        found[:, batch.numbers] += torch.stack([before.cpu().double(), after.cpu().double(), torch.ones(len(places))])
+    found = rank.total(found)
+    if not (found[2] == 1).all():
+        raise RuntimeError(f"{int((found[2] != 1).sum())} of {len(requests)} answers were not scored exactly once")
+    return Sides(found[0].tolist(), found[1].tolist() if edit else None)
 
 
 def _score(view: DecoderView, rows: Rows, places: list[list[int]], answers: list[list[int]], edit: Switch | None) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from bad_neurons.models.head import ROWS, Logits
 from bad_neurons.models.passes import Switch, before_and_after, final_hidden
 from bad_neurons.models.prompts import tokenize_text
 from bad_neurons.models.view import DecoderView
+from bad_neurons.ranks import ALONE, Rank
 
 
 @dataclass
@@ -49,6 +50,7 @@ def side_effects(
     max_length: int = 256,
     max_tokens: int = 2048,
     clean: CleanStates | None = None,
+    rank: Rank = ALONE,
 ) -> dict[str, float]:
     """KL(clean || edited) per token in nats, and the perplexity of both, over running text.
 
@@ -60,19 +62,19 @@ def side_effects(
         max_length: tokens of a paragraph that are read.
         max_tokens: tokens of one batch after padding.
         clean: is filled by the first call; in later ones only the model with its edit on runs. One object for one model.
+        rank: which of several processes this is; each reads its part of the batches, and all get the result of all.
     """
     sequences = [s for text in texts if len(s := tokenize_text(tokenizer, text)[:max_length]) > 1]
-    sums = torch.zeros(3, dtype=torch.float64)  # KL, negative log-likelihood before and after
-    count = 0
     batches = batches_by_length([len(s) for s in sequences], max_tokens)
-    for batch in tqdm(batches, desc="side effects", unit="batch", leave=False):
-        rows = pack_sequences([sequences[i] for i in batch]).to(view.device)
+    parts = torch.zeros(len(batches), 4, dtype=torch.float64)  # of each: KL, negative log-likelihood before and after, tokens
+    for number in tqdm(rank.share(range(len(batches))), desc="side effects", unit="batch", leave=False, disable=rank.number > 0):
+        rows = pack_sequences([sequences[i] for i in batches[number]]).to(view.device)
         ids, at = rows.input_ids.flatten(), rows.followed()
         before, after = (clean or CleanStates()).both_sides(view, rows, at, edit)
-        sums += _sums(view, before, after, ids[at + 1])
-        count += len(at)
-    kl, nll_before, nll_after = (float(s) / count for s in sums)
-    result = {"tokens": count, "perplexity_before": math.exp(nll_before)}
+        parts[number, :3], parts[number, 3] = _sums(view, before, after, ids[at + 1]), len(at)
+    *sums, count = sum(rank.total(parts), torch.zeros(4, dtype=torch.float64)).tolist()  # in one order, however they were divided
+    kl, nll_before, nll_after = (s / count for s in sums)
+    result = {"tokens": int(count), "perplexity_before": math.exp(nll_before)}
     return result if edit is None else result | {"kl_per_token": kl, "perplexity_after": math.exp(nll_after)}
 
 

@@ -19,8 +19,8 @@ from bad_neurons.models.load import Dtype, load_model
 from bad_neurons.models.prompts import tokenize
 from bad_neurons.models.view import view_decoder
 from bad_neurons.probe.features import Example, PooledFeatures, Pooling, extract_features
+from bad_neurons.ranks import ALONE, Rank
 from bad_neurons.sae.load import SAEs, layer_folder
-from bad_neurons.shards import ALONE, Rank
 
 
 class AnswerFeatures(NamedTuple):
@@ -66,7 +66,7 @@ def answer_features(
     Raises:
         UserError: a layer that the model does not have, or an SAE that does not fit.
     """
-    lm = load_model(model, dtype)
+    lm = load_model(model, dtype, rank.device)
     view = view_decoder(lm.model)
     view.check_layers(layers, "--data.layers")
     examples, labels, record = _examples(lm.tokenizer, records)

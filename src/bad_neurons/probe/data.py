@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from bad_neurons.data.loader import EpochOrder
 from bad_neurons.data.splits import load_split
 from bad_neurons.data.tuning import draw_evenly
 from bad_neurons.errors import UserError
 from bad_neurons.models.load import Dtype
 from bad_neurons.probe.answers import answer_features
 from bad_neurons.probe.features import Features, Pool, Pooling, Tokens
-from bad_neurons.shards import rank_of
+from bad_neurons.ranks import rank_of
 
 SIDES = ("train", "validation", "test")
 
@@ -122,12 +123,16 @@ class ProbeDataModule(L.LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[ProbeBatch]:
-        return DataLoader([self._sides["train"]], batch_size=None)  # type: ignore[arg-type]
+        return self._loader("train")
 
     @override
     def val_dataloader(self) -> DataLoader[ProbeBatch]:
-        return DataLoader([self._sides["validation"]], batch_size=None)  # type: ignore[arg-type]
+        return self._loader("validation")
 
     @override
     def test_dataloader(self) -> DataLoader[ProbeBatch]:
-        return DataLoader([self._sides["test"]], batch_size=None)  # type: ignore[arg-type]
+        return self._loader("test")
+
+    def _loader(self, side: str) -> DataLoader[ProbeBatch]:
+        # One batch, which each of several processes reads: the problem is small and convex, and all find the same optimum.
+        return DataLoader([self._sides[side]], batch_size=None, sampler=EpochOrder([side]))  # type: ignore[arg-type]

@@ -21,8 +21,9 @@ from bad_neurons.artifacts import digest_json
 from bad_neurons.batching import Rows, shared_batches
 from bad_neurons.models.passes import visit_mlp_outputs
 from bad_neurons.models.view import DecoderView
+from bad_neurons.ranks import ALONE, Rank
 from bad_neurons.sae.load import SAEs
-from bad_neurons.shards import ALONE, Rank, fill_shards
+from bad_neurons.shards import fill_shards
 
 Pool = Literal["max", "mean"]
 Tokens = Literal["answer", "all"]

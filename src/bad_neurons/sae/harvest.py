@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -26,7 +27,8 @@ from bad_neurons.models.load import Dtype, LanguageModel, load_model
 from bad_neurons.models.passes import visit_mlp_outputs
 from bad_neurons.models.prompts import tokenize, tokenize_text
 from bad_neurons.models.view import DecoderView, view_decoder
-from bad_neurons.shards import ALONE, Rank, fill_shards, rank_of
+from bad_neurons.ranks import ALONE, Rank, rank_of
+from bad_neurons.shards import fill_shards
 
 _SHARD_TOKENS = 8192
 _BATCH_TOKENS = 2048
@@ -36,10 +38,11 @@ class ActivationBatches(Dataset[dict[int, Tensor]]):
     """Shuffled batches of activations: each item maps a layer to [batch, d], float32.
 
     Every token is in one batch; the batches are of equal size but for one token, at least ``batch_size`` where there are so many.
+    Several processes share each batch: an item is then one process's part of it.
     """
 
-    def __init__(self, activations: dict[int, Tensor], batch_size: int, seed: int) -> None:
-        self._activations = activations
+    def __init__(self, activations: dict[int, Tensor], batch_size: int, seed: int, rank: Rank = ALONE) -> None:
+        self._activations, self._rank = activations, rank
         n = len(next(iter(activations.values())))
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         self._rows = order.tensor_split(max(1, n // batch_size))
@@ -48,7 +51,8 @@ class ActivationBatches(Dataset[dict[int, Tensor]]):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[int, Tensor]:
-        return {layer: values[self._rows[index]].float() for layer, values in self._activations.items()}
+        rows = self._rank.share(self._rows[index])
+        return {layer: values[rows].float() for layer, values in self._activations.items()}
 
 
 class ActivationDataModule(L.LightningDataModule):
@@ -65,7 +69,7 @@ class ActivationDataModule(L.LightningDataModule):
         text: sources of running text (``python-docs``, files, folders, ``hub:<dataset>``).
         max_tokens: tokens in all; records come first, then text.
         validation: share of the tokens kept for validation.
-        batch_size: tokens of one training batch.
+        batch_size: tokens of one training batch, which several processes share.
         validation_topics: share of the topics that are validation topics of the records.
         test_topics: share of the topics that are never read.
         split_seed: seed of the division of topics.
@@ -100,10 +104,12 @@ class ActivationDataModule(L.LightningDataModule):
         self.topics = (validation_topics, test_topics, split_seed)
         self._train: dict[int, Tensor] = {}
         self._held_out: dict[int, Tensor] = {}
+        self._read: ResumableLoader[dict[int, Tensor]] | None = None
+        self._position: dict[str, int] = {}  # of a checkpoint
 
     def harvest(self, rank: Rank = ALONE) -> None:
         """Read the model and write the shards that are missing; every rank writes its share."""
-        lm = load_model(self.model, self.dtype)
+        lm = load_model(self.model, self.dtype, rank.device)
         view = view_decoder(lm.model)
         view.check_layers(self.layers, "--data.layers")
         sequences = self._sequences(lm)
@@ -143,12 +149,29 @@ class ActivationDataModule(L.LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[dict[int, Tensor]]:
-        batches = ActivationBatches(self._train, self.batch_size, self.seed)
-        return ResumableLoader(batches, batch_size=None, sampler=EpochOrder(batches, self.seed))
+        self._read = self._loader(self._train, self.seed)
+        if self._position:
+            self._read.load_state_dict(self._position)
+        return self._read
 
     @override
     def val_dataloader(self) -> DataLoader[dict[int, Tensor]]:
-        return DataLoader(ActivationBatches(self._held_out, self.batch_size, self.seed), batch_size=None, generator=torch.Generator())
+        return self._loader(self._held_out)
+
+    def _loader(self, activations: dict[int, Tensor], order: int | None = None) -> ResumableLoader[dict[int, Tensor]]:
+        rank = rank_of(self.trainer)
+        if self.batch_size < rank.world:
+            raise UserError(f"--data.batch_size {self.batch_size}: at least one token for each of {rank.world} processes")
+        batches = ActivationBatches(activations, self.batch_size, self.seed, rank)
+        return ResumableLoader(batches, EpochOrder(batches, order))  # type: ignore[arg-type]
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self._read.state_dict() if self._read else {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._position = state_dict
 
     @override
     def test_dataloader(self) -> DataLoader[dict[int, Tensor]]:

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from bad_neurons.artifacts import write_json, written_aside
 from bad_neurons.errors import UserError
+from bad_neurons.ranks import rank_of
 from bad_neurons.sae.harvest import ActivationDataModule
 from bad_neurons.sae.load import layer_folder, load_saes
 
@@ -27,7 +28,8 @@ class SAEFitter(L.LightningModule):
     """Top-k sparse autoencoders (arXiv 2406.04093) of several layers, trained side by side.
 
     Activations are scaled to a mean norm of sqrt(d) for training (Anthropic, April 2024 update), and the scale is folded
-    into the weights before saving, so the saved SAE reads raw activations.
+    into the weights before saving, so the saved SAE reads raw activations. Several processes share each batch and count together
+    which features have fired, so they train what one does with the same batch.
 
     Args:
         model: which model the activations come from; kept in the SAE's metadata.
@@ -95,16 +97,28 @@ class SAEFitter(L.LightningModule):
         from sae_lens.saes.sae import TrainStepInput
 
         total = torch.zeros((), device=self.device)
+        fired = []
         for layer, values in batch.items():
-            silent = self.get_buffer(f"silent_{layer}")
+            dead = self.get_buffer(f"silent_{layer}") > self.dead_after
             step = self.saes[str(layer)].training_forward_pass(  # type: ignore[operator]
-                TrainStepInput(values * self.get_buffer(f"scale_{layer}"), {}, silent > self.dead_after, self.global_step, False)
+                TrainStepInput(values * self.get_buffer(f"scale_{layer}"), {}, dead, self.global_step, False)
             )
-            fired = (step.feature_acts > 0).any(0)
-            silent.add_(1).masked_fill_(fired, 0)
+            fired.append((step.feature_acts > 0).any(0).float())
             total = total + step.loss
-        self.log("train/loss", total.detach() / len(batch), prog_bar=True)
-        return total
+        return self._over_ranks(total, len(next(iter(batch.values()))), dict(zip(batch, fired, strict=True)))
+
+    def _over_ranks(self, loss: Tensor, tokens: int, fired: dict[int, Tensor]) -> Tensor:
+        """Count what fired on any process; gives the loss for this one, so that DDP's mean is that of one process with all tokens.
+
+        sae-lens' losses are means over tokens, the auxiliary one as well, and processes may have one token more or less.
+        """
+        rank = rank_of(self.trainer)
+        here = torch.stack([loss.detach() * tokens, loss.new_tensor(tokens)])
+        there = rank.total(torch.cat([here, *fired.values()]))
+        for layer, on in zip(fired, there[2:].split(self.d_sae), strict=True):
+            self.get_buffer(f"silent_{layer}").add_(1).masked_fill_(on > 0, 0)
+        self.log("train/loss", there[0] / there[1] / len(fired), prog_bar=True)
+        return loss * (rank.world * tokens / float(there[1])) if rank.world > 1 else loss
 
     @override
     def configure_optimizers(self) -> Any:
@@ -145,6 +159,8 @@ class SAEFitter(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         if self.trainer.sanity_checking:
             return
+        total = rank_of(self.trainer).total
+        self._sums = {layer: {name: total(part) for name, part in sums.items()} for layer, sums in self._sums.items()}
         self.metrics = {str(layer): self._layer_metrics(layer) for layer in self.layers}
         for layer, row in self.metrics.items():
             self.log_dict({f"val/{name}/layer_{layer}": value for name, value in row.items()}, sync_dist=True)

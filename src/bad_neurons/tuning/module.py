@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import lightning as L
 import torch
@@ -18,15 +18,36 @@ from bad_neurons.errors import UserError
 from bad_neurons.models.load import Dtype, LanguageModel, load_model
 from bad_neurons.models.passes import Frame, Runner, checkpointed, compiled, final_hidden, finish, open_frame, plain, run_layers
 from bad_neurons.models.view import view_decoder
+from bad_neurons.ranks import rank_of
 from bad_neurons.selection.neurons import NeuronSelection
 from bad_neurons.tuning.clean_cache import CleanCache, CleanPass
 from bad_neurons.tuning.edits import EDITS, Edit, Mode, check_fits
-from bad_neurons.tuning.losses import LossSums, Supervision, loss_sums
-from bad_neurons.tuning.shift import Shift, log_odds, shift_loss
+from bad_neurons.tuning.losses import Supervision, loss_sums
+from bad_neurons.tuning.shift import log_odds, shift_loss
 from bad_neurons.tuning.whitening import WhitenedAdamW, input_moments, whitener
 
 AnyEdit = TypeVar("AnyEdit", bound=Edit)
 _MOMENT_PIECES = 128  # pieces of retention text whose inputs the optimizer `whitened` reads
+
+
+class BatchSums(NamedTuple):
+    """The losses of one micro-batch: those of :class:`~bad_neurons.tuning.losses.LossSums`, and one sum over records.
+
+    Attributes:
+        loss: what is minimised; carries the gradient.
+        ce: cross entropy of the honest answer.
+        neutral_kl: KL(teacher || tuned).
+        kl: KL(clean || tuned).
+        entropy: entropy of the tuned distribution.
+        abs_shift: |opinion shift| of the records; 0 where it is not asked for.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    neutral_kl: Tensor
+    kl: Tensor
+    entropy: Tensor
+    abs_shift: Tensor
 
 
 class NeuronTuner(L.LightningModule):
@@ -98,7 +119,7 @@ class NeuronTuner(L.LightningModule):
         self.model_id, self.model_digest, self.lm = loaded.id, loaded.digest, loaded.model
         self.view = view_decoder(loaded.model)
         self.edit: Edit | None = None
-        self._tokens = 0.0  # weight of the answer tokens since the last optimizer step
+        self._window, self._held_out = _no_sums(), _no_sums()  # since the last optimizer step; of a validation or test
         self._halfway: list[Tensor] = []  # gradients of a window in the middle of which a checkpoint was saved
 
     @classmethod
@@ -131,16 +152,17 @@ class NeuronTuner(L.LightningModule):
         check_fits(self.view, selection, self.model_digest)
         return self.attach(EDITS[mode](self.view, selection), cache)
 
-    def losses(self, batch: TuningBatch) -> LossSums:
+    def losses(self, batch: TuningBatch) -> BatchSums:
         """Sums of the losses over the supervised tokens of one batch."""
         if not len(batch.at):  # a rank may have drawn nothing; it still takes part in the step
-            zero = sum(p.sum() for p in self._edit.trainable()) * 0.0
-            return LossSums(zero, *([zero.detach()] * 4))  # type: ignore[arg-type, union-attr]
+            return _nothing(sum(p.sum() for p in self._edit.trainable()))  # type: ignore[arg-type]
         frame = open_frame(self.view, batch.rows)
         clean = self._clean_pass(batch, frame)
         hidden = torch.zeros_like(frame.embedded).masked_scatter_(batch.rows.attention_mask[..., None].bool(), clean.hidden)
         tuned = finish(self.view, frame, hidden, self._edit.first_layer, batch.at, self._run)
         stays = {"answer": batch.answer, "retention": batch.retained, "both": batch.answer + batch.retained}[self.kl_on]
+        if batch.pairs is None and not (batch.answer + batch.retained).any():  # nothing, but all ranks run the same layers
+            return _nothing(tuned.sum())
         asked = Supervision(clean.final, batch.targets, batch.honest, stays, batch.neutral, clean.teacher)
         if batch.answer.any():
             sums = loss_sums(self.view, tuned, asked, self.alpha, self.beta)
@@ -151,16 +173,11 @@ class NeuronTuner(L.LightningModule):
             alone = Supervision(*(t[kept] for t in asked[:4]))  # type: ignore[index]
             sums = loss_sums(self.view, tuned[kept], alone, self.alpha, self.beta)
         if not self.shift_weight or batch.pairs is None or clean.odds is None:
-            return sums
+            return BatchSums(*sums, torch.zeros_like(sums.kl))
         shift = shift_loss(self.view, tuned, batch.pairs, clean.odds)
         # The sums are divided by the weight of all answer tokens in the end; a mean over records is wanted of this one.
         weight = self.shift_weight * batch.tokens / batch.pairs.records
-        self._log_shift(shift, batch.pairs.records)
-        return sums._replace(loss=sums.loss + weight * shift.loss)
-
-    def _log_shift(self, shift: Shift, records: int) -> None:
-        if self._trainer is not None and self.trainer.training:
-            self.log("train/abs_shift", shift.shifts.abs().mean(), batch_size=records, on_step=True)
+        return BatchSums(sums.loss + weight * shift.loss, *sums[1:], shift.shifts.abs().sum())
 
     def _clean_pass(self, batch: TuningBatch, frame: Frame) -> CleanPass:
         """What the clean model says of the batch: kept from an earlier epoch or run, or computed now."""
@@ -197,47 +214,55 @@ class NeuronTuner(L.LightningModule):
     @override
     def training_step(self, batch: TuningBatch, batch_idx: int) -> Tensor:
         sums = self.losses(batch)
-        self._tokens += batch.tokens
-        self._log_means("train", sums, batch)
+        self._window += self._with_counts(sums, batch)
         # A sum: on_before_optimizer_step divides it by the tokens of the whole window (Lightning#20350). Lightning
         # itself divides by the number of micro-batches, which is undone here.
         return sums.loss * self.trainer.accumulate_grad_batches
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        strategy = self.trainer.strategy
-        total = float(strategy.reduce(torch.tensor(self._tokens, device=self.device), reduce_op="sum"))
-        self._tokens = 0.0
+        tokens = self._log_means("train", self._window)
+        self._window = _no_sums()
         for parameter in self._edit.trainable():
             if parameter.grad is not None:
-                parameter.grad.mul_(self.trainer.world_size / max(total, 1.0))  # DDP has averaged over ranks
+                parameter.grad.mul_(self.trainer.world_size / max(tokens, 1.0))  # DDP has averaged over ranks
 
     @override
     def validation_step(self, batch: TuningBatch, batch_idx: int) -> None:
-        self._log_means("val", self.losses(batch), batch)
+        self._held_out += self._with_counts(self.losses(batch), batch)
 
     @override
-    def test_step(self, batch: TuningBatch, batch_idx: int) -> None:
-        self._log_means("test", self.losses(batch), batch)
+    def on_validation_epoch_start(self) -> None:
+        self._held_out = _no_sums()
 
-    def _log_means(self, stage: str, sums: LossSums, batch: TuningBatch) -> None:
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_means("val", self._held_out)
+
+    test_step, on_test_epoch_start = validation_step, on_validation_epoch_start
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_means("test", self._held_out)
+
+    def _with_counts(self, sums: BatchSums, batch: TuningBatch) -> Tensor:
+        """Each sum of a batch, and the number or weight of what it is over: [terms, 2], float64, on the processor."""
         honest, neutral, retained = (float(t.sum()) for t in (batch.honest, batch.neutral, batch.retained))
-        answers = honest + neutral
-        stays = {"answer": answers, "retention": retained, "both": answers + retained}[self.kl_on]
-        means = {
-            "loss": (sums.loss, batch.tokens),
-            "ce": (sums.ce, honest),  # of honest answers
-            "neutral_kl": (sums.neutral_kl, neutral),  # to the teacher
-            "kl": (sums.kl, stays),
-            "entropy": (sums.entropy, answers),
-        }
-        for name, (value, count) in means.items():
-            if count == 0:
-                continue
-            self.log(
-                f"{stage}/{name}", value.detach() / count, batch_size=count, prog_bar=name in ("ce", "neutral_kl", "kl"),  # type: ignore[arg-type]
-                on_step=stage == "train", on_epoch=stage != "train", sync_dist=stage != "train",
-            )  # fmt: skip
+        stays = {"answer": honest + neutral, "retention": retained, "both": honest + neutral + retained}[self.kl_on]
+        counts = BatchSums(batch.tokens, honest, neutral, stays, honest + neutral, batch.pairs.records if batch.pairs else 0)  # type: ignore[arg-type]
+        return torch.tensor([[float(value.detach()), float(count)] for value, count in zip(sums, counts, strict=True)], dtype=torch.float64)
+
+    def _log_means(self, stage: str, sums: Tensor) -> float:
+        """Log the means over all processes of what was summed up [terms, 2]; gives the weight that the loss is divided by.
+
+        One sum over processes for all terms: the term that one process has nothing of, another may have.
+        """
+        total = rank_of(self.trainer).total(sums)
+        for name, (value, count) in zip(BatchSums._fields, total.tolist(), strict=True):
+            if count and (name != "abs_shift" or self.shift_weight):
+                bar, step = name in ("ce", "neutral_kl", "kl"), stage == "train"
+                self.log(f"{stage}/{name}", value / count, prog_bar=bar, on_step=step, on_epoch=not step, sync_dist=not step)
+        return float(total[0, 1])
 
     @override
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -272,9 +297,9 @@ class NeuronTuner(L.LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["bad_neurons"] = {"neurons": self._edit.digest, "model": self.model_digest}
-        if self._tokens:  # in the middle of an accumulation window (of one process: of several, each would have its own)
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._edit.trainable()]
-            checkpoint["bad_neurons"]["window"] = {"tokens": self._tokens, "gradients": gradients}
+        if self._window[:, 1].any():  # in the middle of an accumulation window, of which each process has a part
+            gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).cpu() for p in self._edit.trainable()]
+            checkpoint["bad_neurons"]["window"] = rank_of(self.trainer).gather({"sums": self._window, "gradients": gradients})
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -282,8 +307,9 @@ class NeuronTuner(L.LightningModule):
         for name, value in mine.items():
             if found.get(name) != value:
                 raise UserError(f"--ckpt_path: the checkpoint belongs to other {name} ({str(found.get(name))[:12]}, here {value[:12]})")
-        window = found.get("window", {"tokens": 0.0, "gradients": []})
-        self._tokens, self._halfway = window["tokens"], window["gradients"]
+        if "window" in found and len(found["window"]) == self.trainer.world_size:  # else the data module refuses
+            window = found["window"][self.trainer.global_rank]
+            self._window, self._halfway = window["sums"], window["gradients"]
 
     def whiteners(self) -> dict[torch.nn.Parameter, Tensor]:
         """R of each parameter for the optimizer ``whitened``, from the data module's retention text.
@@ -305,6 +331,16 @@ class NeuronTuner(L.LightningModule):
         if self.edit is None:
             raise UserError("tune: no neurons attached; give --mask.neurons neurons.json (callback GradientMask)")
         return self.edit
+
+
+def _nothing(reached: Tensor) -> BatchSums:
+    """Sums over no token, with a gradient of zero for all that a number depends on."""
+    zero = reached * 0.0
+    return BatchSums(zero, *([zero.detach()] * 5))
+
+
+def _no_sums() -> Tensor:
+    return torch.zeros(len(BatchSums._fields), 2, dtype=torch.float64)
 
 
 def _adamw(tuner: NeuronTuner, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -21,6 +21,7 @@ from bad_neurons.evaluation.suites.two_choice import TwoChoice
 from bad_neurons.models.passes import Switch
 from bad_neurons.models.prompts import answer_ids
 from bad_neurons.models.view import DecoderView
+from bad_neurons.ranks import ALONE, Rank
 
 Row = dict[str, Any]
 
@@ -66,6 +67,7 @@ def score_items(
     edit: Switch | None = None,
     letters: bool = True,
     clean: Mapping[str, Sequence[Row]] | None = None,
+    rank: Rank = ALONE,
 ) -> dict[str, Sides]:
     """Rows of each item of some sources without and with an edit; everything is scored together.
 
@@ -77,6 +79,7 @@ def score_items(
         letters: score letters beside the words.
         clean: rows of the clean model by source, where an earlier call gave them for the same records. They become ``before``,
             and the model as it is, with its edit on, is all that is measured: about half of the work.
+        rank: which of several processes this is; each scores its part, and all get the rows of all.
 
     Raises:
         ValueError: ``clean`` has other items than ``records``.
@@ -87,7 +90,7 @@ def score_items(
     asked = [(source, record, suites[source].requests(record)) for source, items in records.items() for record in items]
     requests = [request for *_, mine in asked for request in mine]
     what = f"{len(records)} suites, {len(asked)} items"
-    measured = answer_log_probs(view, tokenizer, requests, edit if clean is None else None, what=what)
+    measured = answer_log_probs(view, tokenizer, requests, edit if clean is None else None, what=what, rank=rank)
     tokens = [len(answer_ids(tokenizer, request.turns, request.answer)) for request in requests]
 
     def rows(log_probs: Sequence[float]) -> dict[str, list[Row]]:
