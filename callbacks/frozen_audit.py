@@ -9,9 +9,8 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from bad_neurons.errors import RunError, UserError
+from bad_neurons.numbers import named
 from bad_neurons.tuning.frozen import frozen_checksums, moved
-
-_NAMED = 3  # tensors in a message
 
 
 class FrozenAudit(Callback):
@@ -64,8 +63,7 @@ class FrozenAudit(Callback):
         if trainer.strategy.reduce_boolean_decision(not names, all=True):
             self._checked = trainer.global_step
             return
-        more = f" and {len(names) - _NAMED} more" if names[_NAMED:] else ""
-        where = f"{', '.join(names[:_NAMED])}{more} (rank {trainer.global_rank})" if names else "on another rank"
+        where = f"{named(names)} (rank {trainer.global_rank})" if names else "on another rank"
         raise RunError(
             f"tune: frozen weights changed between step {self._checked} and step {trainer.global_step}: {where}. Something other than the "
             "optimizer wrote there (other code, or faulty memory), so no delta is kept; every checkpoint of this fit was checked before "

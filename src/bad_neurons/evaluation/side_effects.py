@@ -76,6 +76,17 @@ def side_effects(
     return result if edit is None else result | {"kl_per_token": kl, "perplexity_after": math.exp(nll_after)}
 
 
+def text_kl(view: DecoderView, sequences: Sequence[Sequence[int]], edit: Switch, clean: CleanStates, max_tokens: int = 2048) -> float:
+    """KL(clean || edited) per token in nats over token sequences, as :func:`side_effects` has it over texts."""
+    total, count = 0.0, 0
+    for batch in batches_by_length([len(s) for s in sequences], max_tokens):
+        rows = pack_sequences([sequences[i] for i in batch]).to(view.device)
+        at = rows.followed()
+        total += float(_sums(view, *clean.both_sides(view, rows, at, edit), rows.input_ids.flatten()[at + 1])[0])
+        count += len(at)
+    return total / max(1, count)
+
+
 def _sums(view: DecoderView, before: Tensor, after: Tensor, targets: Tensor) -> Tensor:
     """Sums [3] of KL and of the negative log-likelihoods before and after, at hidden states [N, d] that predict ``targets`` [N]."""
     sums = torch.zeros(3, dtype=torch.float64)
