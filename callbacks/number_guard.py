@@ -106,7 +106,7 @@ class NumberGuard(Callback):
             f"loss {', '.join(f'{loss:g}' for loss in losses)}",
             f"gradient of {named(gradients)}" if gradients else "",
             f"first in what {first} gives" if first else "",
-            f"batch of records {', '.join(records)}" if records else "",
+            f"batch of records {named(records, 12)}" if records else "",
         ]
         raise RunError(
             f"tune: step {trainer.global_step + 1}: NaN or infinity (rank {trainer.global_rank}): {'; '.join(filter(None, parts))}. "

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from bad_neurons import __version__
 from bad_neurons.errors import UserError
+from bad_neurons.memory import enough_memory
 
 # command: (module, function, one line of help). The function takes the remaining arguments.
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.addHandler(handler)
     try:
         command: Callable[[list[str]], None] = getattr(importlib.import_module(module), function)
-        command(arguments[1:])
+        with enough_memory(arguments[0]):
+            command(arguments[1:])
     except Exception as error:
         return _refuse(_one_line(error))
     except (KeyboardInterrupt, SystemExit) as stop:

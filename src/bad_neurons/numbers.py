@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from bad_neurons.errors import RunError
 
-_NAMED = 3  # tensors in a message
-
 
 def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of the tensors that hold NaN or infinity. One wait for the device, however many there are."""
@@ -21,10 +19,10 @@ def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name for name, fine in zip(tensors, finite, strict=True) if not fine]
 
 
-def named(names: list[str]) -> str:
+def named(names: list[str], most: int = 3) -> str:
     """The first names, and how many more there are."""
-    more = f" and {len(names) - _NAMED} more" if names[_NAMED:] else ""
-    return ", ".join(names[:_NAMED]) + more
+    more = f" and {len(names) - most} more" if names[most:] else ""
+    return ", ".join(names[:most]) + more
 
 
 def first_nonfinite_output(model: nn.Module, run: Callable[[], Any]) -> str | None:
@@ -63,6 +61,6 @@ def check_finite(values: Tensor, what: str) -> None:
         wrong = values[~values.isfinite()]
         kinds = " and ".join(name for name, there in (("NaN", wrong.isnan().any()), ("infinity", wrong.isinf().any())) if there)
         raise RunError(
-            f"{what}: {len(wrong)} of {values.numel()} values are {kinds} (computed in {str(values.dtype).removeprefix('torch.')}); float16 "
-            "overflows in Gemma models, so give dtype bfloat16 or float32; if it is one of these, the weights of the model are damaged"
+            f"{what}: {len(wrong)} of {values.numel()} values are {kinds} ({str(values.dtype).removeprefix('torch.')}); float16 overflows "
+            "in Gemma models, so give dtype bfloat16 or float32; if it is one of these, the weights of the model are damaged"
         )

@@ -123,8 +123,12 @@ def test_without_a_bound_nothing_is_measured(run, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"kl": 0.0}, r"--bound\.kl 0\.0: above 0"), ({"every_n_steps": 0}, r"--bound\.every_n_steps 0"), ({"pieces": -1}, r"--bound\.pieces -1")],
-)  # fmt: skip
+    [
+        ({"kl": 0.0}, r"--bound\.kl 0\.0: above 0"),
+        ({"every_n_steps": 0}, r"--bound\.every_n_steps 0"),
+        ({"pieces": -1}, r"--bound\.pieces -1"),
+    ],
+)
 def test_options_out_of_range(options, said):
     with pytest.raises(UserError, match=said):
         KLBound(**options)

@@ -18,6 +18,7 @@ from bad_neurons.models.head import token_log_probs
 from bad_neurons.models.passes import Switch, before_and_after
 from bad_neurons.models.prompts import Turn, tokenize
 from bad_neurons.models.view import DecoderView
+from bad_neurons.numbers import check_finite
 
 
 class Request(NamedTuple):
@@ -83,7 +84,8 @@ def answer_log_probs(
     for batch in tqdm(shared_batches(read, max_tokens), desc=what, unit="batch", leave=False):
         asked = [(number, path[-len(tokens[number].answer) :]) for number, path in zip(batch.numbers, batch.paths, strict=True)]
         sides = _score(view, batch.rows, [places for _, places in asked], [tokens[number].answer for number, _ in asked], edit)
-        for kept, scores in zip((before, after), sides, strict=True):
+        for kept, scores, side in zip((before, after), sides, ("", " with the delta"), strict=True):
+            check_finite(scores, f"{what}: log-probabilities of answers{side if edit else ''}")
             for (number, _), score in zip(asked, scores.tolist(), strict=True):
                 kept[number] = score
     return Sides(before, after if edit else None)
