@@ -116,7 +116,7 @@ class NumberGuard(Callback):
     def _save(self, trainer: L.Trainer, pl_module: Any) -> str:
         """Write the good state, and say so."""
         if self._good is None:
-            return "No step before it was good, so nothing is kept"
+            return "Nothing that was learned before it was good, so no checkpoint is kept"
         folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
         path, self._saving = Path(folder) / self.filename, True
         pl_module.forget_window()

@@ -191,3 +191,14 @@ def test_what_is_frozen_beside_a_delta(tuner, tiny, choose):
     model = {f"lm.{name}" for name, _ in [*module.lm.named_parameters(), *module.lm.named_buffers()]}
     indices = {f"edit.index-layers-{layer}-{matrix}" for layer in (1, 3) for matrix in ("gate_proj", "up_proj", "down_proj")}
     assert names == model | indices
+
+
+def test_all_ranks_stop_where_one_finds_something(run, tmp_path):
+    class OtherRank(FrozenAudit):
+        def on_train_end(self, trainer, pl_module):
+            trainer.strategy.reduce_boolean_decision = lambda decision, all: decision and False  # what the others' vote makes of it
+            super().on_train_end(trainer, pl_module)
+
+    with pytest.raises(RunError, match=r"between step 6 and step 6: on another rank\."):
+        run(audit=OtherRank())
+    assert not (tmp_path / "delta.safetensors").exists()

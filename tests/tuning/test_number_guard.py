@@ -147,7 +147,7 @@ class Explode(Callback):
 
 
 def test_nothing_is_kept_where_nothing_was_good(run, batches, tmp_path):
-    with pytest.raises(RunError, match=r"step 1: .* No step before it was good, so nothing is kept"):
+    with pytest.raises(RunError, match=r"step 1: .* Nothing that was learned before it was good"):
         run(batches(0))
     assert not (tmp_path / "ckpt").exists()
 
