@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from bad_neurons import __version__
 from bad_neurons.errors import UserError
+from bad_neurons.memory import enough_memory
 from bad_neurons.ranks import let_others_end, lost, speaks, started
 from bad_neurons.stopping import Stopped, stopped_by_sigterm
 from bad_neurons.writing import disk_error
@@ -59,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with stopped_by_sigterm():
             command: Callable[[list[str]], None] = getattr(importlib.import_module(module), function)
-            command(arguments[1:])
+            with enough_memory(arguments[0]):
+                command(arguments[1:])
     except Exception as error:
         if not speaks():
             return 2

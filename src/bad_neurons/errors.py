@@ -1,4 +1,4 @@
-"""The one exception that a person's input can cause."""
+"""The exceptions that a person sees: one line each, no traceback."""
 
 from __future__ import annotations
 
@@ -11,3 +11,7 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class RunError(UserError):
+    """A run had to be stopped: its numbers went wrong, or what must not change did. The message says what was kept, and what to do."""

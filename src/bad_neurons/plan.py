@@ -108,6 +108,10 @@ class _Run:
         return {"seed_everything": self.config.get("seed", 0)}
 
     @property
+    def data_seed(self) -> Config:
+        return {"seed": self.config.get("seed", 0)}
+
+    @property
     def pretrained_sae(self) -> str | None:
         return self.config["sae"] if isinstance(self.config.get("sae"), str) else None
 
@@ -192,9 +196,13 @@ def _layers(run: _Run) -> Stage:
 def _sae(run: _Run) -> Stage:
     layers = run.choice.candidates if run.choice.on_sae else run.choice.layers
     topics = {"validation_topics": run.split["validation"], "test_topics": run.split["test"], "split_seed": run.split["split_seed"]}
-    data = {"model": run.model, "layers": layers, "records": run.records, **topics, "folder": str(run.folder / "sae" / "activations")}
+    data = {"model": run.model, "layers": layers, "records": run.records, **topics, **run.data_seed}
     trainer, resume = _resumable(run.folder / "sae", every_n_train_steps=200, at_epoch_end=False)
-    own = {"model": {"out": run.sae}, "data": data, "trainer": {"enable_checkpointing": True, **trainer}}
+    own: Config = {
+        "model": {"out": run.sae},
+        "data": {**data, "folder": str(run.folder / "sae" / "activations")},
+        "trainer": {"enable_checkpointing": True, **trainer},
+    }
     config = merged(run.seed, own, run.section("sae"))
     outputs = tuple(folder / "cfg.json" for folder in run.sae_folders(config["data"]["layers"]))
     return Stage("sae", ("sae", "fit"), config, _record_files(config["data"]), outputs, resume, kept=False)
@@ -221,7 +229,7 @@ def _probes(run: _Run) -> Stage:
 def _selection(run: _Run) -> Stage:
     probes = {"probe": run.probe("probe"), "control": run.probe("probe-residual")} if run.decoded else {}
     read = {name: str(path) for name, path in probes.items()} | {"sae": run.sae} if run.decoded else {"layers": run.choice.layers}
-    data = {"records": run.records, **run.split, "seed": run.config.get("seed", 0)}
+    data = {"records": run.records, **run.split, **run.data_seed}
     config = merged({"model": run.model, **read, **data, "out": str(run.neurons.parent)}, run.section("select"))
     inputs = [*probes.values()] if run.decoded else [*_record_files(config)]
     inputs += [Path(config["like"])] if config.get("like") else []
@@ -234,7 +242,7 @@ def _tuning(run: _Run) -> Stage:
     trainer, resume = _resumable(folder)
     own = {
         "model": {"model": run.model},
-        "data": {"records": run.records, **run.split},
+        "data": {"records": run.records, **run.split, **run.data_seed},
         "mask": {"neurons": str(run.neurons)},
         "delta": {"path": str(run.delta)},
         "trainer": {"logger": logger, **trainer},

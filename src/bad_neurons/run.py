@@ -25,6 +25,7 @@ from bad_neurons import __version__
 from bad_neurons.artifacts import digest_json, digest_path, read_json, write_json, written_aside
 from bad_neurons.errors import UserError
 from bad_neurons.lock import sole_writer
+from bad_neurons.memory import enough_memory
 from bad_neurons.models.load import model_stamp
 from bad_neurons.plan import Config, Stage, plan, read_run_config
 from bad_neurons.ranks import leave
@@ -140,7 +141,8 @@ def _call(stage: Stage, folder: Path, resume: bool) -> None:
     command: Callable[[list[str]], None] = getattr(stages, COMMANDS[stage.command[0]][1])
     typed, sys.argv = sys.argv, [sys.argv[0], stage.command[0], *arguments]  # Lightning starts further ranks with sys.argv
     try:
-        command(arguments)
+        with enough_memory(stage.command[0], section=stage.command[0]):
+            command(arguments)
     finally:
         sys.argv = typed
         leave()

@@ -134,13 +134,14 @@ def probes_command(arguments: list[str]) -> None:
 
 def tune_command(arguments: list[str]) -> None:
     """``bad-neurons tune fit|validate|test``."""
-    from bad_neurons.callbacks import DeltaCheckpoint, GradientMask
+    from bad_neurons.callbacks import DeltaCheckpoint, FrozenAudit, GradientMask, KLBound, NumberGuard
     from bad_neurons.data.tuning import SycophancyDataModule
     from bad_neurons.tuning import sharded as sharded  # registers its strategy
     from bad_neurons.tuning.module import NeuronTuner
 
     trainer = {"max_epochs": 2, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
-    callbacks: dict[str, type[L.Callback]] = {"mask": GradientMask, "delta": DeltaCheckpoint}
+    checks: dict[str, type[L.Callback]] = {"audit": FrozenAudit, "guard": NumberGuard, "bound": KLBound}
+    callbacks: dict[str, type[L.Callback]] = {"mask": GradientMask, **checks, "delta": DeltaCheckpoint}
     _lightning(NeuronTuner, SycophancyDataModule, arguments, {"model.model": "data.model"}, callbacks, trainer, ("delta.path",))
 
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from bad_neurons.errors import RunError
 from bad_neurons.evaluation import side_effects as side_effects_module
 from bad_neurons.evaluation.side_effects import CleanStates, side_effects
 from bad_neurons.models.view import view_decoder
@@ -108,3 +109,27 @@ def test_clean_states_are_kept_between_calls(edited, family, first, monkeypatch)
     assert len(whole) == 2 * batches
     side_effects(view, lm.tokenizer, TEXTS[:1], delta, **options, clean=kept)  # other texts are read anew
     assert len(whole) == 2 * batches + 1
+
+
+@pytest.mark.parametrize(("size", "said"), [(float("nan"), "KL and log-likelihood on unrelated text: .*NaN"), (1e30, "NaN|nats per token")])
+def test_a_destroyed_model_is_one_line(edited, size, said):
+    lm, view, delta = edited("llama", size)
+    with pytest.raises(RunError, match=said):
+        side_effects(view, lm.tokenizer, TEXTS, delta)
+
+
+def test_perplexity_beyond_every_number():
+    assert side_effects_module._perplexity(700.0) == math.exp(700.0)
+    with pytest.raises(RunError, match="side effects: 712 nats per token"):
+        side_effects_module._perplexity(712.0)
+
+
+@pytest.mark.parametrize("size", [0.5, 0.0])
+def test_kl_over_sequences_is_that_over_texts(edited, size):
+    lm, view, delta = edited("gemma2", size)
+    sequences = [ids for text in TEXTS if len(ids := lm.tokenizer(text)["input_ids"]) > 1]
+    expected = side_effects(view, lm.tokenizer, TEXTS, delta)["kl_per_token"]
+    clean = CleanStates()
+    for _ in range(2):  # the second time from kept states
+        assert side_effects_module.text_kl(view, sequences, delta, clean) == pytest.approx(expected, abs=1e-6)
+    assert (expected > 1e-3) is bool(size)

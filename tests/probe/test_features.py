@@ -8,6 +8,7 @@ import pytest
 import torch
 from sae_lens import SAE
 
+from bad_neurons.errors import RunError
 from bad_neurons.models.view import view_decoder
 from bad_neurons.probe import features as features_module
 from bad_neurons.probe.features import Example, Pooling, extract_features, pool_max, pool_mean
@@ -229,3 +230,16 @@ def test_ranks_share_the_shards(tiny, sae_folder, examples, tmp_path, ran):
     )
     assert sum(ran) == 10
     assert all(torch.equal(shared[name], alone[name]) for name in alone)
+
+
+@pytest.mark.parametrize(("spoil", "said"), [("model", "activations of layer 3"), ("sae", "SAE features of layer 1")])
+def test_values_that_are_not_finite_are_named(tiny, examples, sae_folder, tmp_path, spoil, said):
+    lm = tiny("llama")
+    saes = SAEs(sae_folder, LAYERS, 16)
+    with torch.no_grad():
+        if spoil == "model":
+            lm.model.model.layers[3].mlp.down_proj.weight[2] = torch.inf
+        else:
+            saes.load(LAYERS)[1].W_enc[0, 0] = torch.nan
+    with pytest.raises(RunError, match=f"^{said}: "):
+        extracted(view_decoder(lm.model), examples, saes, LAYERS, "max", "answer", tmp_path / "features", "key")

@@ -221,6 +221,18 @@ def test_full_run_has_every_section_in_order(full):
     ]
 
 
+def test_a_bound_on_kl_that_was_passed_is_said(run, full):
+    assert "Tuning was stopped" not in words(full)
+    rows = ["step,train/ce,kl_bound/kl,kl_bound/kept_step", "0,2.5,,", "9,,0.0123,", "19,,0.0456,", "29,,0.0789,", "29,,,20"]
+    (run / "tuning" / "metrics.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    said = "Tuning was stopped behind step 30: KL to the clean model on retention text was 0.0789 nats per token there"
+    text = words(write_report(run))
+    assert said in text
+    assert "Kept is the state behind step 20 (0.0456)." in text
+    (run / "tuning" / "metrics.csv").write_text("\n".join([*rows[:2], rows[4], "29,,,0"]) + "\n", encoding="utf-8")
+    assert "Kept is the state behind step 0 (0)." in words(write_report(run))
+
+
 def test_choice_of_layers_is_shown_where_there_is_one(run):
     scores = lambda auroc: {"auroc": auroc, "accuracy": auroc - 0.2, "log_loss": 1.5 - auroc}  # noqa: E731
     steps = [(9, 0.81236, True), (4, 0.84561, True), (17, 0.8449, False)]

@@ -10,7 +10,7 @@ from bad_neurons.artifacts import write_jsonl, write_tensors
 from bad_neurons.data.embedded import embedded_records
 from bad_neurons.data.records import record_to_json
 from bad_neurons.data.splits import split_by_topic
-from bad_neurons.errors import UserError
+from bad_neurons.errors import RunError, UserError
 from bad_neurons.models.view import view_decoder
 from bad_neurons.sae import harvest as harvest_module
 from bad_neurons.sae.harvest import ActivationBatches, ActivationDataModule, harvest
@@ -207,3 +207,13 @@ def test_what_cannot_be_is_refused(tiny_folder, tmp_path):
     for share in (0.0, 1.0):
         with pytest.raises(UserError, match=f"--data.validation {share}: a share between 0 and 1"):
             ActivationDataModule(tiny_folder(), [1], validation=share)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_activations_that_are_not_finite_are_named(tiny, sequences, tmp_path, value):
+    lm = tiny("llama")
+    with torch.no_grad():
+        lm.model.model.layers[3].mlp.down_proj.weight[2] = value
+    with pytest.raises(RunError, match=r"^activations of layer 3: \d+ of \d+ values are (NaN|infinity|NaN and infinity) \(float32\)"):
+        harvest(view_decoder(lm.model), sequences, LAYERS, tmp_path, "key")
+    assert not list(tmp_path.glob("*.safetensors"))

@@ -61,6 +61,7 @@ class TuningBatch(NamedTuple):
         teacher: where the distributions of taught places come from, or None where A is 0.
         key: digest of what the clean model is asked: the rows and the places.
         pairs: both positions of the records that have a teacher, token by token, or None where A is 0.
+        records: ids of the records, for messages.
     """
 
     rows: Rows
@@ -72,6 +73,7 @@ class TuningBatch(NamedTuple):
     teacher: TeacherBatch | None = None
     key: str = ""
     pairs: Pairs | None = None
+    records: tuple[str, ...] = ()
 
     @property
     def answer(self) -> Tensor:
@@ -108,6 +110,7 @@ class _Group(NamedTuple):
     tree: Tree
     firsts: list[int]  # of each sequence, the first position whose next token is supervised
     teacher: _Group | None = None
+    record: str = ""  # its id; empty for retention text
 
     @property
     def untaught(self) -> int:
@@ -215,7 +218,7 @@ class SycophancyDataModule(L.LightningDataModule):
     ) -> list[TuningBatch]:
         """Batches of some records, with pieces of retention text [tokens] beside them where there are any."""
         kept = [r for r in records if not (self.wrong_persons_only and r.person_is_right)]
-        groups = [group for record in kept if (group := _ask(tokenizer, record, self.target))]
+        groups = [group._replace(record=record.id) for record in kept if (group := _ask(tokenizer, record, self.target))]
         if not groups:
             raise UserError(f"records {self.records}: none is fit for --data.target {self.target} on this side of the split")
         random.Random(self.seed).shuffle(groups)
@@ -324,7 +327,7 @@ def _collate(answers: Sequence[_Group], retained: Sequence[_Group], weights: tup
     read = [(packed.rows, at), *([asked] if asked else [])]
     key = digest_json([[t.tolist() for t in (rows.input_ids, rows.positions, rows.ends, places)] for rows, places in read])
     pairs = _pairs(answers, packed.starts, {place: number for number, (place, _) in enumerate(ordered)}) if teacher else None
-    return TuningBatch(packed.rows, at, targets, honest, neutral, kept, asked, key, pairs)
+    return TuningBatch(packed.rows, at, targets, honest, neutral, kept, asked, key, pairs, tuple(group.record for group in answers))
 
 
 def _pairs(groups: Sequence[_Group], starts: Sequence[int], numbers: Mapping[int, int]) -> Pairs:

@@ -18,6 +18,7 @@ from bad_neurons.models.head import token_log_probs
 from bad_neurons.models.passes import Switch, before_and_after
 from bad_neurons.models.prompts import Turn, tokenize
 from bad_neurons.models.view import DecoderView
+from bad_neurons.numbers import check_finite
 from bad_neurons.ranks import ALONE, Rank
 
 
@@ -88,8 +89,10 @@ def answer_log_probs(
     found = torch.zeros(3, len(requests), dtype=torch.float64)  # before, after, how often it was scored
     for batch in tqdm(rank.share(shared_batches(read, max_tokens)), desc=what, unit="batch", leave=False, disable=rank.number > 0):
         places = [path[-len(tokens[number].answer) :] for number, path in zip(batch.numbers, batch.paths, strict=True)]
-        before, after = _score(view, batch.rows, places, [tokens[number].answer for number in batch.numbers], edit)
-        found[:, batch.numbers] += torch.stack([before.cpu().double(), after.cpu().double(), torch.ones(len(places))])
+        sides = _score(view, batch.rows, places, [tokens[number].answer for number in batch.numbers], edit)
+        for scores, side in zip(sides, ("", " with the delta"), strict=True):
+            check_finite(scores, f"{what}: log-probabilities of answers{side if edit else ''}")
+        found[:, batch.numbers] += torch.stack([*(scores.cpu().double() for scores in sides), torch.ones(len(places))])
     found = rank.total(found)
     if not (found[2] == 1).all():
         raise RuntimeError(f"{int((found[2] != 1).sum())} of {len(requests)} answers were not scored exactly once")

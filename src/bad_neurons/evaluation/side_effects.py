@@ -15,11 +15,15 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from bad_neurons.batching import Rows, batches_by_length, pack_sequences
+from bad_neurons.errors import RunError
 from bad_neurons.models.head import ROWS, Logits
 from bad_neurons.models.passes import Switch, before_and_after, final_hidden
 from bad_neurons.models.prompts import tokenize_text
 from bad_neurons.models.view import DecoderView
+from bad_neurons.numbers import check_finite
 from bad_neurons.ranks import ALONE, Rank
+
+_MOST_NATS = 700.0  # the largest float64 is e to the 709.8
 
 
 @dataclass
@@ -74,8 +78,32 @@ def side_effects(
         parts[number, :3], parts[number, 3] = _sums(view, before, after, ids[at + 1]), len(at)
     *sums, count = sum(rank.total(parts), torch.zeros(4, dtype=torch.float64)).tolist()  # in one order, however they were divided
     kl, nll_before, nll_after = (s / count for s in sums)
-    result = {"tokens": int(count), "perplexity_before": math.exp(nll_before)}
-    return result if edit is None else result | {"kl_per_token": kl, "perplexity_after": math.exp(nll_after)}
+    result = {"tokens": int(count), "perplexity_before": _perplexity(nll_before)}
+    return result if edit is None else result | {"kl_per_token": kl, "perplexity_after": _perplexity(nll_after)}
+
+
+def _perplexity(nats: float) -> float:
+    """``e`` to the nats per token.
+
+    Raises:
+        RunError: too large for a number.
+    """
+    if nats > _MOST_NATS:
+        raise RunError(
+            f"side effects: {nats:.0f} nats per token on unrelated text, a perplexity beyond every number: the model is destroyed"
+        )
+    return math.exp(nats)
+
+
+def text_kl(view: DecoderView, sequences: Sequence[Sequence[int]], edit: Switch, clean: CleanStates, max_tokens: int = 2048) -> float:
+    """KL(clean || edited) per token in nats over token sequences, as :func:`side_effects` has it over texts."""
+    total, count = 0.0, 0
+    for batch in batches_by_length([len(s) for s in sequences], max_tokens):
+        rows = pack_sequences([sequences[i] for i in batch]).to(view.device)
+        at = rows.followed()
+        total += float(_sums(view, *clean.both_sides(view, rows, at, edit), rows.input_ids.flatten()[at + 1])[0])
+        count += len(at)
+    return total / max(1, count)
 
 
 def _sums(view: DecoderView, before: Tensor, after: Tensor, targets: Tensor) -> Tensor:
@@ -86,4 +114,5 @@ def _sums(view: DecoderView, before: Tensor, after: Tensor, targets: Tensor) -> 
         kl = sides[0].kl_to(sides[1])
         nll = [side.log_norm.squeeze(-1) - side.at(every, t) for side in sides]
         sums += torch.stack([x.double().sum() for x in (kl, *nll)]).cpu()
+    check_finite(sums, "side effects: KL and log-likelihood on unrelated text")
     return sums

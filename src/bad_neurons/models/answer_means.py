@@ -15,6 +15,7 @@ from bad_neurons.batching import shared_batches
 from bad_neurons.models.passes import visit_points
 from bad_neurons.models.prompts import Tokenized
 from bad_neurons.models.view import DecoderView
+from bad_neurons.numbers import check_finite
 
 
 def answer_means(
@@ -35,6 +36,7 @@ def answer_means(
     def visit(layer: int, taken: Tensor, given: Tensor) -> None:
         values = (taken if inputs else given).flatten(0, 1).float()
         means = torch.stack([values[places].mean(0) for places in asked]).cpu()
+        check_finite(means, f"{what}: activations of layer {layer}")
         found.setdefault(layer, torch.empty(len(ids), means.shape[1]))[batch.numbers] = means
 
     for batch in tqdm(shared_batches([t.prompt + t.answer for t in ids], max_tokens), desc=what, unit="batch", leave=False):

@@ -21,6 +21,7 @@ from bad_neurons.artifacts import digest_json
 from bad_neurons.batching import Rows, shared_batches
 from bad_neurons.models.passes import visit_mlp_outputs
 from bad_neurons.models.view import DecoderView
+from bad_neurons.numbers import check_finite
 from bad_neurons.ranks import ALONE, Rank
 from bad_neurons.sae.load import SAEs
 from bad_neurons.shards import fill_shards
@@ -241,6 +242,7 @@ def _encode(sae: Any, values: Tensor) -> Tensor:
 
 def _pooled(values: Tensor, batch: _Batch, features: Features, layer: int, poolings: Sequence[Pooling]) -> dict[str, Tensor]:
     """One vector an example, [examples, D] on the processor, from the values [P, D] of the batch; by name, a pooling each."""
+    check_finite(values, f"{'activations' if features == 'residual' else 'SAE features'} of layer {layer}")
     return {
         _name(pooling, features, layer): torch.stack(
             [POOLS[pooling.pool](values[index.to(values.device)]) for index in batch.members[pooling.tokens]]

@@ -42,6 +42,8 @@ _WAYS = {
 }
 _MACHINE = {"processor": "", "cores": " cores", "device": "", "system": ""}
 
+_OF_THE_BOUND = ("kl_bound/kl", "kl_bound/kept_step")  # columns of metrics.csv, see callbacks/kl_bound.py
+
 
 def write_report(run: Path) -> Path:
     """Write ``report.html`` into a run folder from whatever files the run has, its plots as PNG below ``plots/``, and give its path.
@@ -138,6 +140,7 @@ def _context(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
         "decoded": decoded,
         "probed": bool(decoded or sae or probes or compared),  # a run may do without
         **{f"{name}_plot": plots.data_uri(figure) if figure is not None else None for name, figure in figures.items()},
+        "stopped": _stopped(curves),
         "answers": _answers(run / "evaluation" / "answers.jsonl"),
         "seconds": results.get("seconds") or {},
         "config": config,
@@ -227,10 +230,18 @@ def _curves(path: Path) -> dict[str, list[tuple[float, float]]]:
     if path.is_file():
         with open(path, encoding="utf-8", newline="") as handle:
             for number, row in enumerate(csv.DictReader(handle), start=2):
-                for name in (f"{side}/{term}" for side in ("train", "val") for term in plots.TERMS):
+                for name in (*(f"{side}/{term}" for side in ("train", "val") for term in plots.TERMS), *_OF_THE_BOUND):
                     if row.get(name):
                         curves.setdefault(name, []).append((_cell(path, number, row, "step"), _cell(path, number, row, name)))
     return curves
+
+
+def _stopped(curves: Mapping[str, list[tuple[float, float]]]) -> dict[str, float] | None:
+    """Where the tuning passed a bound on KL (callback KLBound): step and KL, there and of the state that was kept; else None."""
+    if "kl_bound/kept_step" not in curves:
+        return None
+    (last, kept), measured = curves["kl_bound/kept_step"][-1], dict(curves["kl_bound/kl"])
+    return {"step": last + 1, "kl": measured[last], "kept_step": kept, "kept_kl": measured.get(kept - 1, 0.0)}
 
 
 def _cell(path: Path, line: int, row: Mapping[str, str], name: str) -> float:

@@ -27,6 +27,7 @@ from bad_neurons.models.load import Dtype, LanguageModel, load_model
 from bad_neurons.models.passes import visit_mlp_outputs
 from bad_neurons.models.prompts import tokenize, tokenize_text
 from bad_neurons.models.view import DecoderView, view_decoder
+from bad_neurons.numbers import check_finite
 from bad_neurons.ranks import ALONE, Rank, rank_of
 from bad_neurons.shards import fill_shards
 
@@ -203,7 +204,12 @@ def harvest(
 
 def _collect(view: DecoderView, rows: Rows, keep: Tensor, parts: dict[int, list[Tensor]]) -> None:
     """Add the activations of each layer at ``keep`` [B, T] to ``parts``."""
-    visit_mlp_outputs(view, rows, list(parts), lambda layer, values: parts[layer].append(values[keep].to("cpu", torch.bfloat16)))
+
+    def visit(layer: int, values: Tensor) -> None:
+        check_finite(kept := values[keep], f"activations of layer {layer}")
+        parts[layer].append(kept.to("cpu", torch.bfloat16))
+
+    visit_mlp_outputs(view, rows, list(parts), visit)
 
 
 def _until(sequences: list[list[int]], limit: int) -> list[list[int]]:

@@ -222,6 +222,10 @@ class MaskedMatrices(nn.Module):
         """The full matrices of the chosen layers."""
         return [weight for weight, *_ in self._parts.values()]
 
+    def chosen(self) -> Mapping[nn.Parameter, tuple[int, Tensor]]:
+        """Of each matrix, the dimension along which units own it (0: rows, 1: columns), and the indices that may learn."""
+        return {weight: (0 if rows else 1, index) for weight, _, index, rows in self._parts.values()}
+
     def reads(self) -> Mapping[nn.Parameter, Reads]:
         """Nothing: what mixes the inputs of a whole matrix mixes frozen columns with chosen ones."""
         return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -26,6 +27,7 @@ from bad_neurons.tuning.losses import Supervision, loss_sums
 from bad_neurons.tuning.shift import log_odds, shift_loss
 from bad_neurons.tuning.whitening import WhitenedAdamW, input_moments, whitener
 
+log = logging.getLogger(__name__)
 AnyEdit = TypeVar("AnyEdit", bound=Edit)
 _MOMENT_PIECES = 128  # pieces of retention text whose inputs the optimizer `whitened` reads
 
@@ -227,6 +229,10 @@ class NeuronTuner(L.LightningModule):
             if parameter.grad is not None:
                 parameter.grad.mul_(self.trainer.world_size / max(tokens, 1.0))  # DDP has averaged over ranks
 
+    def forget_window(self) -> None:
+        """Begin the accumulation window anew: a checkpoint that is saved now is to hold nothing of its batches."""
+        self._window = _no_sums()
+
     @override
     def validation_step(self, batch: TuningBatch, batch_idx: int) -> None:
         self._held_out += self._with_counts(self.losses(batch), batch)
@@ -310,6 +316,20 @@ class NeuronTuner(L.LightningModule):
         if "window" in found and len(found["window"]) == self.trainer.world_size:  # else the data module refuses
             window = found["window"][self.trainer.global_rank]
             self._window, self._halfway = window["sums"], window["gradients"]
+        self._typed_options_win(checkpoint)
+
+    def _typed_options_win(self, checkpoint: dict[str, Any]) -> None:
+        """Put learning rate and decay of this fit into the optimizer's state, which would bring back those that it was saved with."""
+        for group in (group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]):
+            saved = group.get("initial_lr", group["lr"])
+            for name, typed, was in (("lr", self.lr, saved), ("weight_decay", self.weight_decay, group["weight_decay"])):
+                if typed != was:
+                    log.info("--ckpt_path: goes on with --model.%s %g (the checkpoint was saved with %g)", name, typed, was)
+            if saved != self.lr:
+                group["lr"] = self.lr * (group["lr"] / saved if saved else 1.0)
+            group["initial_lr"], group["weight_decay"] = self.lr, self.weight_decay
+        for state in checkpoint.get("lr_schedulers", []):
+            state["base_lrs"] = [self.lr] * len(state["base_lrs"])
 
     def whiteners(self) -> dict[torch.nn.Parameter, Tensor]:
         """R of each parameter for the optimizer ``whitened``, from the data module's retention text.

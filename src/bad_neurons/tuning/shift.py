@@ -102,4 +102,6 @@ class _ShiftLoss(torch.autograd.Function):
 
 def _by_record(pairs: Pairs, log_probs: Tensor) -> Tensor:
     """Log-odds [R] from the log-probability [M] of each token."""
-    return torch.zeros(pairs.records, device=log_probs.device).index_add_(0, pairs.record, pairs.sign * log_probs)
+    # Not by index_add_: on a GPU its order, and with it the last bit, changes from run to run.
+    own = pairs.record == torch.arange(pairs.records, device=log_probs.device)[:, None]
+    return torch.where(own, pairs.sign * log_probs, 0.0).sum(1)
