@@ -9,8 +9,11 @@ import traceback
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 
+from typing_extensions import override
+
 from bad_neurons import __version__
 from bad_neurons.errors import UserError
+from bad_neurons.secrets import hide, kind_of_secret
 
 # command: (module, function, one line of help). The function takes the remaining arguments.
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -42,8 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments[0] not in COMMANDS:
         return _refuse(f"{arguments[0]}: no such command; there are {', '.join(COMMANDS)}")
+    if found := next((kind for argument in arguments if (kind := kind_of_secret(argument))), None):
+        return _refuse(f"{arguments[0]}: the arguments hold {found}; give it in an environment variable instead, where nobody reads it")
+    if any("\0" in argument for argument in arguments):
+        return _refuse(f"{arguments[0]}: an argument holds a NUL character, which no file name and no option has")
     module, function, _ = COMMANDS[arguments[0]]
     log, handler = logging.getLogger("bad_neurons"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_WithoutSecrets())
     log.setLevel(logging.INFO)
     log.addHandler(handler)
     try:
@@ -67,12 +75,18 @@ def _one_line(error: Exception) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UserError):
         cause = cause.__cause__ or cause.__context__
-    if cause is None and isinstance(error, ArgumentError):
-        return " ".join(str(error).split())
+    if cause is None and isinstance(error, ArgumentError | UnicodeDecodeError):  # of options; data says more than this
+        cause = UserError(str(error))
     if cause is None:
-        traceback.print_exception(error)
+        sys.stderr.write(hide("".join(traceback.format_exception(error))))
         raise SystemExit(1)
     return str(cause)
+
+
+class _WithoutSecrets(logging.Formatter):
+    @override
+    def format(self, record: logging.LogRecord) -> str:
+        return hide(super().format(record))
 
 
 def _refuse(message: str) -> int:

@@ -5,12 +5,17 @@ Legend: n tokens of the batch without padding, N supervised places, A taught pla
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
 from bad_neurons.artifacts import read_tensors, write_tensors
+from bad_neurons.errors import UserError
+from bad_neurons.formats import CLEAN_PASS
+
+log = logging.getLogger(__name__)
 
 
 class CleanPass(NamedTuple):
@@ -64,7 +69,8 @@ class CleanCache:
         clean = CleanPass(*(None if t is None else t.cpu() for t in clean))  # type: ignore[arg-type]
         self._keep(key, clean)
         if self.folder:
-            write_tensors(self._path(key), {name: t for name, t in clean._asdict().items() if t is not None}, {"origin": self.origin})
+            tensors = {name: t for name, t in clean._asdict().items() if t is not None}
+            write_tensors(self._path(key), tensors, {"format": CLEAN_PASS, "key": key, "origin": self.origin})
 
     def _keep(self, key: str, clean: CleanPass) -> None:
         if self._used + clean.bytes <= self.budget:
@@ -74,7 +80,14 @@ class CleanCache:
     def _read(self, key: str) -> CleanPass | None:
         if not self.folder or not self._path(key).is_file():
             return None
-        tensors, _ = read_tensors(self._path(key), "kept clean pass")
+        try:
+            tensors, metadata = read_tensors(self._path(key), CLEAN_PASS)
+        except UserError as error:
+            log.warning("%s; it is computed again", error)
+            return None
+        if (metadata.get("key"), metadata.get("origin")) != (key, self.origin):
+            log.warning("%s: a clean pass of another batch or model; it is computed again", self._path(key))
+            return None
         self._keep(key, clean := CleanPass(**tensors))
         return clean
 

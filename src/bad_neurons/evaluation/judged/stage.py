@@ -23,6 +23,7 @@ from bad_neurons.evaluation.judged.cache import Kept
 from bad_neurons.evaluation.judged.numbers import results_of
 from bad_neurons.evaluation.judged.panel import Panel
 from bad_neurons.evaluation.judged.tests import Item, TestName, items_of, median_score
+from bad_neurons.formats import JUDGED
 from bad_neurons.models.load import Dtype, LanguageModel, load_model
 from bad_neurons.tuning.delta_file import load_delta
 
@@ -83,7 +84,10 @@ def judge(
     judged = _judged(answers, judges, Kept(folder / "verdicts.jsonl"))
     write_jsonl(folder / "judged.jsonl", judged)
     results = {
+        "format": JUDGED,
         "model": model,
+        "inputs": {"delta": digest_path(delta) if delta else None},
+        "files": {"judged.jsonl": digest_path(folder / "judged.jsonl")},
         "neurons": neurons,
         "system": system,
         "max_new_tokens": max_new_tokens,
