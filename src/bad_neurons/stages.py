@@ -40,6 +40,8 @@ def _load_yaml(text: str) -> Any:
 
 set_loader("yaml", _load_yaml, (ValueError, yaml.YAMLError))
 
+_BRACKETS = 200  # in one argument at most: what is nested a thousand deep ends jsonargparse
+
 # Libraries' notices about what is meant here, one by one; everything else still warns.
 _MEANT = (
     ".*LightningCLI's args parameter is intended to run from within Python.*",
@@ -55,13 +57,15 @@ _MEANT = (
 )
 
 
-def _check_configs(arguments: list[str]) -> None:
-    """Look at every configuration file before jsonargparse does: its messages name the option and not the file.
+def _check_arguments(arguments: list[str]) -> None:
+    """Look at arguments and configuration files before jsonargparse does, whose messages name the option and not the file.
 
     Raises:
-        UserError: a file that cannot be read, that is not YAML of a bounded shape, or that holds a secret.
+        UserError: a file that cannot be read, that is not YAML of a bounded shape, or that holds a secret; too many brackets.
     """
     for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if word.count("[") + word.count("{") > _BRACKETS:
+            raise UserError(f"{word[:40]}: more than {_BRACKETS} brackets in one argument; give it in a --config file")
         name, equals, value = word.partition("=")
         if name != "--config":
             continue
@@ -230,7 +234,7 @@ def _lightning(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("lightning.pytorch", "lightning.fabric"):  # which devices there are not, and advertisements
         logging.getLogger(name).setLevel(logging.WARNING)
-    _check_configs(arguments)
+    _check_arguments(arguments)
     with warnings.catch_warnings():
         for message in _MEANT:
             warnings.filterwarnings("ignore", message)
@@ -238,7 +242,7 @@ def _lightning(
 
 
 def _function(function: Callable[..., Any], name: str, arguments: list[str]) -> Any:
-    _check_configs(arguments)
+    _check_arguments(arguments)
     parser = ArgumentParser(prog=f"bad-neurons {name}", description=(function.__doc__ or "").split("\n\n")[0], exit_on_error=False)
     parser.add_argument("--config", action="config", help="Path of a YAML file with these options.")
     parser.add_function_arguments(function, sub_configs=False)
