@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import yaml
 
 DATA_BYTES = 1 << 30  # of a data file or a table at most
-CONFIG_BYTES = 1 << 20  # of a configuration at most
+CONFIG_BYTES = 1 << 18  # of a configuration at most
 _DIGITS = 300  # of a number at most; the largest float has 309
 _DEPTH = 50  # of nested YAML at most
 _NODES = 100_000  # of a YAML text at most, with every alias written out

@@ -123,7 +123,7 @@ class Ground:
 
     def like(self, neurons: str) -> list[str]:
         """``bad-neurons select`` with the counts of another choice."""
-        return self.select("--way", "random", "--layers", "[1]", "--rule", "same_counts", "--like", neurons)
+        return self.select("--way", "random", "--layers", "[1, 3]", "--rule", "same_counts", "--like", neurons)
 
     def export(self, delta: str, model: str | None = None) -> list[str]:
         """``bad-neurons export`` of a delta."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import pytest
 
 from bad_inputs.answers import answer, quiet, row, rows_of_the_page
 from bad_inputs.cases import Ground, every_case
+from bad_neurons.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +23,9 @@ def answered(tmp_path_factory):
 
 def test_the_good_files_are_good(tmp_path, capsys):
     """Else the cases would be refused for something else than what is wrong with them."""
-    from bad_neurons.cli import main
-
     ground = Ground(tmp_path / "inputs")
     for arguments in (ground.select(), ground.like(ground.neurons), ground.report(ground.good / "run"), ground.evaluate()):
         assert main(arguments) == 0, capsys.readouterr().err
-    import shutil
-
     shutil.rmtree(ground.out)
     assert main(ground.export(ground.delta)) == 0
 
