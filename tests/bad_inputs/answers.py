@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
@@ -74,9 +73,3 @@ def rows_of_the_page() -> list[str]:
     text = page().read_text(encoding="utf-8")
     table = text.partition("<!-- bad inputs -->")[2].partition("<!-- end -->")[0]
     return [line for line in table.splitlines() if line.startswith("| ")][2:]
-
-
-def quiet(setenv: Callable[[str, str], None]) -> None:
-    """No hub and no GPU: the same answers everywhere."""
-    setenv("HF_HUB_OFFLINE", "1")
-    setenv("CUDA_VISIBLE_DEVICES", "")

@@ -7,7 +7,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bad_inputs.answers import answer, page, quiet, row
+os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}  # no hub and no GPU: read when libraries are imported
+
+from bad_inputs.answers import answer, page, row
 from bad_inputs.cases import Ground, every_case
 
 _HEAD = ["| input | what is wrong | answer | status |", "| --- | --- | --- | --- |"]
@@ -15,7 +17,6 @@ _HEAD = ["| input | what is wrong | answer | status |", "| --- | --- | --- | ---
 
 def write() -> int:
     """Run every case and write the table; gives the number of cases that were not answered in one line with status 2."""
-    quiet(os.environ.__setitem__)
     rows, wrong = [], 0
     with tempfile.TemporaryDirectory() as folder:
         ground = Ground(Path(folder))

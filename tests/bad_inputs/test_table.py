@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from bad_inputs.answers import answer, quiet, row, rows_of_the_page
+from bad_inputs.answers import answer, row, rows_of_the_page
 from bad_inputs.cases import Ground, every_case
 from bad_neurons.cli import main
 
@@ -15,10 +15,8 @@ from bad_neurons.cli import main
 @pytest.fixture(scope="module")
 def answered(tmp_path_factory):
     """Every case with its answer."""
-    with pytest.MonkeyPatch.context() as patch:
-        quiet(patch.setenv)
-        ground = Ground(tmp_path_factory.mktemp("bad") / "inputs")
-        return [(case, answer(ground, case)) for case in every_case(ground)]
+    ground = Ground(tmp_path_factory.mktemp("bad") / "inputs")
+    return [(case, answer(ground, case)) for case in every_case(ground)]
 
 
 def test_the_good_files_are_good(tmp_path, capsys):
