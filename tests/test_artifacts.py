@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 from bad_neurons import writing
 from bad_neurons.artifacts import digest_json, digest_path, read_json, read_tensors, write_json, write_jsonl, write_tensors, written_aside
 from bad_neurons.errors import UserError
+from bad_neurons.sealed import Format
+
+THING = Format("bad-neurons/thing/1", "bad-neurons thing")
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -179,9 +182,9 @@ def test_unreadable_json(tmp_path, content, said):
 
 def test_tensors_survive(tmp_path):
     tensors = {"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.ones(2, dtype=torch.bfloat16)}  # the first is not contiguous
-    write_tensors(tmp_path / "a.safetensors", tensors, {"format": "x", "list": [1, 2]})
-    found, metadata = read_tensors(tmp_path / "a.safetensors", "a thing")
-    assert metadata == {"format": "x", "list": [1, 2]}
+    write_tensors(tmp_path / "a.safetensors", tensors, {"format": THING, "list": [1, 2]})
+    found, metadata = read_tensors(tmp_path / "a.safetensors", THING)
+    assert metadata == {"format": THING, "list": [1, 2]}
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[key], value) and found[key].dtype == value.dtype for key, value in tensors.items())
 
@@ -198,8 +201,8 @@ def test_unreadable_tensors(tmp_path, size):
     if size is not None:
         write_tensors(path, {"a": torch.ones(9)}, {})
         path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(UserError, match=r"a\.safetensors: cannot be read as a thing"):
-        read_tensors(path, "a thing")
+    with pytest.raises(UserError, match=r"a\.safetensors: cannot be read as bad-neurons/thing/1"):
+        read_tensors(path, THING)
 
 
 def test_digest_of_json():

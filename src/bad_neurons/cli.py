@@ -10,10 +10,13 @@ import traceback
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 
+from typing_extensions import override
+
 from bad_neurons import __version__
 from bad_neurons.errors import UserError
 from bad_neurons.memory import enough_memory
 from bad_neurons.ranks import let_others_end, lost, speaks, started
+from bad_neurons.secrets import hide, kind_of_secret
 from bad_neurons.stopping import Stopped, stopped_by_sigterm
 from bad_neurons.writing import disk_error
 
@@ -50,11 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments[0] not in COMMANDS:
         return _refuse(f"{arguments[0]}: no such command; there are {', '.join(COMMANDS)}")
+    if found := next((kind for argument in arguments if (kind := kind_of_secret(argument))), None):
+        return _refuse(f"{arguments[0]}: the arguments hold {found}; give it in an environment variable instead, where nobody reads it")
+    if any("\0" in argument for argument in arguments):
+        return _refuse(f"{arguments[0]}: an argument holds a NUL character, which no file name and no option has")
     there = started()
     if there.world > 1 and arguments[0] not in _TOGETHER:
         return _alone(arguments[0], there.world) if there.number == 0 else 2
     module, function, _ = COMMANDS[arguments[0]]
     log, handler = logging.getLogger("bad_neurons"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_WithoutSecrets())
     log.setLevel(logging.INFO)
     log.addHandler(handler)
     try:
@@ -90,14 +98,20 @@ def _one_line(error: Exception) -> str:
         cause = cause.__cause__ or cause.__context__
     if cause is None and lost(error):
         return "another process of this run has ended without a word (killed, or out of memory); the same command goes on from where it can"
-    if cause is None and isinstance(error, ArgumentError):
-        return " ".join(str(error).split())
+    if cause is None and isinstance(error, ArgumentError | UnicodeDecodeError):  # of options; data says more than this
+        cause = UserError(str(error))
     if cause is None and (failed := disk_error(error)) and failed.errno in _OF_THE_DISK:
         return f"{failed.filename or 'disk'}: cannot be written ({failed.strerror}); nothing before it was changed"
     if cause is None:
-        traceback.print_exception(error)
+        sys.stderr.write(hide("".join(traceback.format_exception(error))))
         raise SystemExit(1)
     return str(cause)
+
+
+class _WithoutSecrets(logging.Formatter):
+    @override
+    def format(self, record: logging.LogRecord) -> str:
+        return hide(super().format(record))
 
 
 def _alone(command: str, world: int) -> int:

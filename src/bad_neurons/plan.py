@@ -13,12 +13,12 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bad_neurons.data.readers import PUBLIC, files_of
 from bad_neurons.data.splits import sources_of
 from bad_neurons.errors import UserError
+from bad_neurons.reading import CONFIG_BYTES, parse_yaml, read_text
 from bad_neurons.run_layers import LayerChoice, check_layers
+from bad_neurons.secrets import kind_of_secret
 
 Config = dict[str, Any]
 
@@ -61,13 +61,13 @@ def read_run_config(path: Path, further: tuple[str, ...] = ()) -> Config:
     Raises:
         UserError: unreadable, not YAML, an unknown or missing option.
     """
+    text = read_text(path, "the YAML file of a run", CONFIG_BYTES)
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"{path}: cannot be read ({reason}); expected the YAML file of a run") from error
-    except yaml.YAMLError as error:
+        config = parse_yaml(text)
+    except ValueError as error:
         raise UserError(f"{path}: not YAML ({error})") from error
+    if found := kind_of_secret(text):  # it would be copied into the run's folder and into the report
+        raise UserError(f"{path}: holds {found}; give it in an environment variable instead")
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected options by name, such as `model: packaged:gemma-3-270m`")
     known = (*_SHARED, *_SECTIONS, *further)

@@ -13,7 +13,7 @@ import platform
 import sys
 import time
 from argparse import ArgumentParser
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -24,11 +24,13 @@ import yaml
 from bad_neurons import __version__
 from bad_neurons.artifacts import digest_json, digest_path, read_json, write_json, written_aside
 from bad_neurons.errors import UserError
+from bad_neurons.formats import RESULTS, STAGE
 from bad_neurons.lock import sole_writer
 from bad_neurons.memory import enough_memory
 from bad_neurons.models.load import model_stamp
 from bad_neurons.plan import Config, Stage, plan, read_run_config
 from bad_neurons.ranks import leave
+from bad_neurons.sealed import Format
 from bad_neurons.writing import remove
 
 log = logging.getLogger(__name__)
@@ -72,7 +74,7 @@ def _run(config_path: Path, folder: Path, stages: dict[str, Callable[[], Stage]]
     if any(now for _, now in ran.values()) or not _is_finished(folder):
         results = _finish(folder, {name: seconds for name, (seconds, _) in ran.items()})
     else:
-        results = read_json(folder / "results.json", "results of the run")
+        results = read_json(folder / "results.json", RESULTS)
     if not ran["evaluation"][1]:  # that stage shows the table itself
         from rich.console import Console
 
@@ -93,8 +95,8 @@ def run_stage(stage: Stage, folder: Path, force: bool) -> tuple[float, bool]:
     stamp = folder / stage.name / "stage.json"
     started = folder / stage.name / "started.json"
     key = stage_key(stage)
-    done = read_json(stamp, "stage.json") if stamp.is_file() else {}
-    if not force and done.get("key") == key and all(p.is_file() for p in stage.outputs):
+    done = _trusted(stamp, STAGE)
+    if not force and done.get("key") == key and _unchanged(stage, done["outputs"]):
         _clear(stage, folder)  # where the process was killed at the very end
         log.info("%-15s unchanged, skipped (took %.0f s when it ran)", stage.name, done["seconds"])
         return float(done["seconds"]), False
@@ -107,7 +109,9 @@ def run_stage(stage: Stage, folder: Path, force: bool) -> tuple[float, bool]:
     start = time.monotonic()
     _call(stage, folder, resume=interrupted and stage.resume is not None and stage.resume.is_file())
     seconds = round(time.monotonic() - start, 1)
-    write_json(stamp, {"key": key, "seconds": seconds, "finished": datetime.now(UTC).isoformat(timespec="seconds")})
+    outputs = {path.name: digest_path(path) for path in stage.outputs}
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    write_json(stamp, {"format": STAGE, "key": key, "seconds": seconds, "finished": finished, "outputs": outputs})
     _clear(stage, folder)
     return seconds, True
 
@@ -123,6 +127,27 @@ def _forget_checkpoints(stage: Stage, folder: Path) -> None:
     """Remove the checkpoint from which the stage would go on, and those that Lightning writes under SLURM (hpc_ckpt_<n>)."""
     for path in ([stage.resume] if stage.resume else []) + sorted((folder / stage.name).glob("hpc_ckpt_*.ckpt")):
         remove(path)
+
+
+def _trusted(path: Path, form: Format) -> Config:
+    """What was written when the work was done; empty where it was not, or where the file cannot be relied on."""
+    if not path.is_file():
+        return {}
+    try:
+        found: Config = read_json(path, form)
+    except UserError as error:
+        log.warning("%s; it is made again", error)
+        return {}
+    return found
+
+
+def _unchanged(stage: Stage, outputs: Mapping[str, str]) -> bool:
+    """Whether what a stage wrote is there as it was written."""
+    for path in stage.outputs:
+        if path.is_file() and digest_path(path) != outputs.get(path.name):
+            log.warning("%s: damaged or changed since the stage wrote it; the stage runs again", path)
+            return False
+    return all(path.is_file() for path in stage.outputs)
 
 
 def _call(stage: Stage, folder: Path, resume: bool) -> None:
@@ -160,7 +185,7 @@ def _is_finished(folder: Path) -> bool:
     results = folder / "results.json"
     if not results.is_file() or not (folder / "report.html").is_file():
         return False
-    return bool(read_json(results, "results of the run").get("versions", {}).get("bad-neurons") == __version__)
+    return bool(_trusted(results, RESULTS).get("versions", {}).get("bad-neurons") == __version__)
 
 
 def _finish(folder: Path, seconds: dict[str, float]) -> Config:
@@ -172,7 +197,7 @@ def _finish(folder: Path, seconds: dict[str, float]) -> Config:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in ("bad-neurons", "torch", "lightning", "transformers", "sae-lens")},
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()},
-        **read_json(folder / "evaluation" / "results.json", "results of the evaluation stage"),
+        **read_json(folder / "evaluation" / "results.json", RESULTS),
         "seconds": seconds,
     }
     write_json(folder / "results.json", results)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from bad_neurons.artifacts import read_json
 from bad_neurons.errors import UserError
+from bad_neurons.formats import LAYERS
 from bad_neurons.models.load import layer_count
 
 _FORMS = "expected layers such as [4, 5, 6], {first: 0.33}, {last: 0.5} or {greedy: {budget: 6}}"
@@ -91,7 +92,7 @@ class LayerChoice:
         if self.greedy is None:
             [(side, share)] = self.value.items()
             return share_of_layers(layer_count(self.model), side, share)
-        layers: list[int] = read_json(self.chosen, "layers.json")["chosen"]
+        layers: list[int] = read_json(self.chosen, LAYERS)["chosen"]
         if not layers:
             raise UserError(f"{self.chosen}: no layer tells the answers apart better than none does; name some: `layers: [4, 5, 6]`")
         return layers

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
-from bad_neurons.artifacts import read_metadata, write_tensors
+from bad_neurons.artifacts import is_whole, write_tensors
+from bad_neurons.formats import SHARD
 from bad_neurons.ranks import ALONE, Rank
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def fill_shards(
     what: str,
     rank: Rank = ALONE,
 ) -> list[Path]:
-    """Compute the shards that are missing or were made under another key.
+    """Compute the shards that are missing, damaged, or were made under another key.
 
     Each rank computes every ``world``-th shard; all return when all are there.
 
@@ -42,8 +43,9 @@ def fill_shards(
     """
     paths = [folder / f"{name}-{number:05d}.safetensors" for number in range(count)]
     for number in tqdm(rank.share(range(count)), desc=what, unit="shard", disable=rank.number > 0):
-        if not paths[number].is_file() or read_metadata(paths[number]).get("key") != key:
-            write_tensors(paths[number], compute(number), {"key": key})
+        if not is_whole(paths[number], SHARD, key):
+            write_tensors(paths[number], compute(number), {"format": SHARD, "key": key})
+    rank.wait()
     if rank.number == 0:
         for stale in set(folder.glob(f"{name}-*.safetensors")) - set(paths):
             stale.unlink()

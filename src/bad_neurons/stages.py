@@ -15,14 +15,35 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from jsonargparse import ArgumentParser, set_parsing_settings
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
+from bad_neurons.errors import UserError
 from bad_neurons.lock import sole_writer
 from bad_neurons.ranks import check_strategy, started
+from bad_neurons.reading import CONFIG_BYTES, parse_yaml, read_text
+from bad_neurons.secrets import kind_of_secret
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+_jsonargparse_yaml: Callable[[str], Any] = get_loader("yaml")
+
+
+def _load_yaml(text: str) -> Any:
+    """What jsonargparse reads, of a size and a shape that is bounded, and without secrets."""
+    if len(text) > CONFIG_BYTES:
+        raise ValueError(f"{len(text):,} characters, and {CONFIG_BYTES:,} are read at most")
+    if found := kind_of_secret(text):
+        raise UserError(f"the options hold {found}; give it in an environment variable instead")
+    return parse_yaml(text, _jsonargparse_yaml)
+
+
+set_loader("yaml", _load_yaml, (ValueError, yaml.YAMLError))
+
+_BRACKETS = 200  # in one argument at most: what is nested a thousand deep ends jsonargparse
 
 # Libraries' notices about what is meant here, one by one; everything else still warns.
 _MEANT = (
@@ -37,6 +58,28 @@ _MEANT = (
     ".*isinstance.treespec, LeafSpec.*",
     ".*torch.jit.script.*is (not supported|deprecated).*",
 )
+
+
+def _check_arguments(arguments: list[str]) -> None:
+    """Look at arguments and configuration files before jsonargparse does, whose messages name the option and not the file.
+
+    Raises:
+        UserError: a file that cannot be read, that is not YAML of a bounded shape, or that holds a secret; too many brackets.
+    """
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if word.count("[") + word.count("{") > _BRACKETS:
+            raise UserError(f"{word[:40]}: more than {_BRACKETS} brackets in one argument; give it in a --config file")
+        name, equals, value = word.partition("=")
+        if name != "--config":
+            continue
+        path = value if equals else following
+        text = read_text(path, "a YAML file with options", CONFIG_BYTES)
+        try:
+            content = _load_yaml(text)
+        except (ValueError, UserError) as error:
+            raise UserError(f"{path}: not YAML that can be read ({error})") from error
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: expected options by name, such as `model: packaged:gemma-3-270m`")
 
 
 class StageCLI(LightningCLI):
@@ -216,6 +259,7 @@ def _lightning(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("lightning.pytorch", "lightning.fabric"):  # which devices there are not, and advertisements
         logging.getLogger(name).setLevel(logging.WARNING)
+    _check_arguments(arguments)
     with ExitStack() as held, warnings.catch_warnings():
         for message in _MEANT:
             warnings.filterwarnings("ignore", message)
@@ -223,6 +267,7 @@ def _lightning(
 
 
 def _function(function: Callable[..., Any], name: str, arguments: list[str], writes: tuple[str, ...] = ("out", "folder")) -> Any:
+    _check_arguments(arguments)
     parser = ArgumentParser(prog=f"bad-neurons {name}", description=(function.__doc__ or "").split("\n\n")[0], exit_on_error=False)
     parser.add_argument("--config", action="config", help="Path of a YAML file with these options.")
     parser.add_function_arguments(function, sub_configs=False)

@@ -93,10 +93,10 @@ def test_too_little_text_is_refused(tmp_path):
 
 def test_what_cannot_be_read_is_refused(tmp_path):
     assert refusal(str(tmp_path / "none.txt")).startswith(
-        f"text {tmp_path}/none.txt: cannot be read (No such file or directory); expected python-docs"
+        f"{tmp_path}/none.txt: cannot be read (No such file or directory); expected python-docs"
     )
     (tmp_path / "latin.txt").write_bytes("naïve ".encode("latin-1") * 1000)
-    assert refusal(str(tmp_path / "latin.txt")).startswith(f"text {tmp_path}/latin.txt: cannot be read (not UTF-8 text)")
+    assert refusal(str(tmp_path / "latin.txt")).startswith(f"{tmp_path}/latin.txt: cannot be read (not UTF-8 text)")
 
 
 def test_an_unknown_part_is_refused(file):

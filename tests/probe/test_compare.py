@@ -44,7 +44,7 @@ def read(folder: Path) -> dict:
 def test_every_probe_is_there(made):
     _, folder = made
     found = read(folder / "out")
-    assert (found["format"], found["layers"]) == ("bad-neurons/probes/1", [1, 3])  # all that have an SAE
+    assert (found["format"], found["layers"]) == ("bad-neurons/probes/2", [1, 3])  # all that have an SAE
     names = [(p["features"], p["pool"], p["tokens"], tuple(p["layers"])) for p in found["probes"]]
     assert sorted(names) == sorted(
         (f, p, t, layers)

@@ -197,7 +197,7 @@ def test_command_writes_what_it_found(arguments, tmp_path, tiny, capsys):
     written = json.loads((tmp_path / "out" / "layers.json").read_text())
     assert written["candidates"] == [0, 1, 2, 3]  # all of the model
     assert written["model"] == {"id": arguments[2], "digest": tiny().digest}
-    assert (written["format"], written["features"], written["sae"]) == ("bad-neurons/layers/1", "residual", None)
+    assert (written["format"], written["features"], written["sae"]) == ("bad-neurons/layers/2", "residual", None)
     assert written["options"] == {
         "score": "auroc", "l2": 0.1, "budget": 2, "records": arguments[6], "validation": 0.2, "test": 0.2, "split_seed": 0,
         "max_records": 0,

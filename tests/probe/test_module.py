@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from bad_neurons.artifacts import write_tensors
+from bad_neurons.artifacts import read_json, write_tensors
 from bad_neurons.errors import UserError
+from bad_neurons.formats import PROBE_METRICS
 from bad_neurons.probe.module import LinearProbe, read_probe, write_probe
 
 LAYERS, WIDTHS, L2 = [2, 5], [5, 3], 1e-2
@@ -90,17 +91,22 @@ def test_the_file_gives_back_what_was_fitted(fit):
     assert probe.bias == module.bias.item()
     assert probe.origin == {
         "model": {"id": "model", "digest": "0123"}, "features": "sae", "layers": LAYERS, "widths": WIDTHS, "pool": "max",
-        "tokens": "answer", "sae": "runs/sae",
+        "tokens": "answer", "sae": "runs/sae", "sae_digests": {},
     }  # fmt: skip
-    stored = json.loads((module.out / "metrics.json").read_text())
-    assert stored == {**probe.origin, "l2": L2, **{side: module.results[side] for side in ("fit", "validation", "test")}}
+    stored = read_json(module.out / "metrics.json", PROBE_METRICS)
+    assert stored == {
+        "format": PROBE_METRICS,
+        **probe.origin,
+        "l2": L2,
+        **{side: module.results[side] for side in ("fit", "validation", "test")},
+    }
 
 
 def test_another_file_is_refused(tmp_path):
     write_tensors(tmp_path / "other.safetensors", {"bias": torch.zeros(())}, {"format": "bad-neurons/delta/1"})
-    with pytest.raises(UserError, match=r"other.safetensors: format 'bad-neurons/delta/1'; expected 'bad-neurons/probe/1'"):
+    with pytest.raises(UserError, match=r"other.safetensors: format 'bad-neurons/delta/1'; expected 'bad-neurons/probe/2'"):
         read_probe(tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match=r"none.safetensors: cannot be read as probe.safetensors"):
+    with pytest.raises(UserError, match=r"none.safetensors: cannot be read as bad-neurons/probe/2"):
         read_probe(tmp_path / "none.safetensors")
 
 
@@ -147,7 +153,7 @@ def test_a_saved_probe_of_other_layers_is_refused(fit, features, given_features,
 
 
 def test_without_a_saved_probe_there_is_nothing_to_validate(features, given_features, trainer, tmp_path):
-    with pytest.raises(UserError, match=r"probe.safetensors: cannot be read as probe.safetensors"):
+    with pytest.raises(UserError, match=r"probe.safetensors: cannot be read as bad-neurons/probe/2"):
         trainer().validate(LinearProbe(str(tmp_path)), given_features(features, LAYERS, WIDTHS), verbose=False)
     assert list(tmp_path.iterdir()) == []
 

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from bad_neurons.artifacts import write_json, write_jsonl
 from bad_neurons.errors import UserError
+from bad_neurons.formats import LAYERS, NEURONS, PROBE_METRICS, PROBES, RESULTS, SAE_METRICS
 from bad_neurons.probe.module import Probe
 from bad_neurons.report import plots
 from bad_neurons.report.html import headline, write_report
@@ -74,6 +75,7 @@ def open_ended(per_token: float, match: float) -> dict[str, Any]:
 def results() -> dict[str, Any]:
     counts = {"5": 21, "7": 40, "9": 34, "11": 28}
     return {
+        "format": RESULTS,
         "name": "quickstart",
         "created": "2026-11-23T05:10:00+00:00",
         "versions": {"bad-neurons": "0.1.0", "torch": "2.9.1"},
@@ -113,13 +115,24 @@ def write_run(run: Path) -> Path:
     layers = [3, 5, 7, 9, 11]
     write_json(
         run / "sae" / "metrics.json",
-        {str(i): {"variance_explained": 0.8 + 0.01 * i, "l0": 32.0, "dead_features": draw.uniform(0, 0.1)} for i in layers},
+        {
+            "format": SAE_METRICS,
+            "layers": {str(i): {"variance_explained": 0.8 + 0.01 * i, "l0": 32.0, "dead_features": draw.uniform(0, 0.1)} for i in layers},
+        },
     )
     for folder, accuracy in (("probe", 0.761), ("probe-residual", 0.658)):
         row = {"accuracy": accuracy, "auroc": accuracy + 0.05, "calibration_error": 0.08, "majority": 0.5, "examples": 240}
-        write_json(run / folder / "metrics.json", {"layers": layers, "fit": {**row, "accuracy": 1.0}, "validation": row, "test": row})
+        sides = {"fit": {**row, "accuracy": 1.0}, "validation": row, "test": row}
+        write_json(run / folder / "metrics.json", {"format": PROBE_METRICS, "layers": layers, **sides})
     rule = {"name": "top_p", "amount": 0.2, "seed": 0}
-    selection = {"axis": "residual", "counts": results()["neurons"]["layers"], "size": 640, "candidates": layers, "rule": rule}
+    selection = {
+        "format": NEURONS,
+        "axis": "residual",
+        "counts": results()["neurons"]["layers"],
+        "size": 640,
+        "candidates": layers,
+        "rule": rule,
+    }
     write_json(run / "selection" / "neurons.json", selection)
     plots.plot_weights(fake_probe("sae", 2048), fake_probe("residual", 640), run / "selection" / "weights.png")
     (run / "tuning").mkdir()
@@ -242,7 +255,7 @@ def test_choice_of_layers_is_shown_where_there_is_one(run):
         "examples": {"train": 1208, "validation": 376}, "curve": curve,
         "without_layers": scores(0.5), "all_candidates": scores(0.79),
     }  # fmt: skip
-    write_json(run / "layers" / "layers.json", content)
+    write_json(run / "layers" / "layers.json", {"format": LAYERS} | content)
     page = Page(write_report(run))
     assert page.ids() == [*SECTIONS[:4], "layers", *SECTIONS[4:]]
     assert "#layers" in [attributes.get("href") for tag, attributes in page.tags if tag == "a"]
@@ -254,7 +267,7 @@ def test_choice_of_layers_is_shown_where_there_is_one(run):
 
 
 def test_compared_probes_are_shown_where_there_are_some(run):
-    write_json(run / "probes" / "probes.json", compared())
+    write_json(run / "probes" / "probes.json", {"format": PROBES} | compared())
     page = Page(write_report(run))
     assert page.ids() == SECTIONS
     text = words(run / "report.html")
@@ -363,7 +376,10 @@ def test_results_alone_make_a_report(tmp_path):
 
 
 def test_results_without_anything_make_a_report(tmp_path):
-    write_json(tmp_path / "results.json", {"suites": {"embedded": {"before": {"n": 1}}, "phil": {}}, "side_effects": None, "neurons": None})
+    write_json(
+        tmp_path / "results.json",
+        {"format": RESULTS, "suites": {"embedded": {"before": {"n": 1}}, "phil": {}}, "side_effects": None, "neurons": None},
+    )
     assert "This run has no opinion shift." in Page(write_report(tmp_path)).text
 
 
@@ -394,9 +410,9 @@ def test_missing_results_are_an_error(run):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("results.json", "[]", "holds a list; expected a JSON object"),
+        ("results.json", "[]", "format 'list'; expected 'bad-neurons/results/1'"),
         ("sae/metrics.json", "{", "not JSON"),
-        ("evaluation/answers.jsonl", "{\n", "not JSON lines"),
+        ("evaluation/answers.jsonl", "{\n", "line 1: not JSON"),
         ("tuning/metrics.csv", "step,train/ce\n0,1.5\n1,x\n", r"line 3: train/ce 'x' is not a number"),
     ],
 )
@@ -443,7 +459,7 @@ def test_terminal_table_has_suites_and_side_effects():
 
 def test_only_measures_that_are_there_are_explained(tmp_path):
     short = {"suites": {"open-ended": {"before": open_ended(0.4, 0.6)}, "phil": {"before": side(2.2, 0.7, {"opinion": 2.2})}}}
-    write_json(tmp_path / "results.json", short)
+    write_json(tmp_path / "results.json", {"format": RESULTS} | short)
     page = Page(write_report(tmp_path)).text
     assert "their sum favours the shorter one" in page
     assert "Of the questions that are answered rightly" not in page

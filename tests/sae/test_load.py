@@ -57,7 +57,9 @@ def test_a_missing_layer_is_told_with_those_that_are_there(folder, tmp_path):
 def test_a_damaged_sae_is_refused(folder, tmp_path):
     weights = tmp_path / "sae" / "layer-1" / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    assert refusal(folder, [1]).startswith(f"SAE {tmp_path}/sae/layer-1: cannot be loaded (SafetensorError")
+    assert refusal(folder, [1]).startswith(
+        f"SAE {tmp_path}/sae/layer-1: sae_weights.safetensors is damaged or changed since it was written"
+    )
 
 
 @pytest.mark.parametrize("source", ["runs/nowhere", "gemma-scope-2b-pt-mlp-canonical:layer_5/width_16k/canonical", "{layer}"])

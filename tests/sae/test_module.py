@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
 
 import lightning as L
@@ -10,7 +9,9 @@ import pytest
 import torch
 from sae_lens import SAE
 
+from bad_neurons.artifacts import read_json
 from bad_neurons.errors import UserError
+from bad_neurons.formats import SAE_METRICS
 from bad_neurons.sae.harvest import ActivationDataModule
 from bad_neurons.sae.module import SAEFitter, save_sae
 
@@ -44,7 +45,9 @@ def fitted(tiny_folder, tmp_path_factory):
     )  # fmt: skip
     trainer.fit(module, data)
     held_out = {layer: torch.cat([batch[layer] for batch in data.val_dataloader()]) for layer in LAYERS}
-    return SimpleNamespace(module=module, data=data, out=out, held_out=held_out, metrics=json.loads((out / "metrics.json").read_text()))
+    return SimpleNamespace(
+        module=module, data=data, out=out, held_out=held_out, metrics=read_json(out / "metrics.json", SAE_METRICS)["layers"]
+    )
 
 
 def load(fitted, layer):

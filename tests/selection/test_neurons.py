@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from bad_neurons.artifacts import write_json
 from bad_neurons.errors import UserError
 from bad_neurons.selection.neurons import NeuronSelection, read_neurons, write_neurons
 
@@ -18,7 +19,7 @@ CHOSEN = NeuronSelection(
 
 def saved(tmp_path, **changes):
     path = tmp_path / "neurons.json"
-    path.write_text(json.dumps({**CHOSEN.to_json(), **changes}))
+    write_json(path, {**CHOSEN.to_json(), **changes})
     return path
 
 
@@ -39,7 +40,7 @@ def test_round_trip(tmp_path):
 
 def test_the_file(tmp_path):
     content = json.loads(saved(tmp_path).read_text())
-    assert content["format"] == "bad-neurons/neurons/1"
+    assert content["format"] == "bad-neurons/neurons/2"
     assert content["counts"] == {"1": 3, "3": 1}
     assert content["layers"] == {"1": [0, 5, 15], "3": [2]}
     assert (content["count"], content["share"], content["model"]) == (4, 4 / 48, {"id": "tiny", "digest": "ab12"})
@@ -57,19 +58,22 @@ def test_digest_is_of_the_axis_and_the_indices_alone():
 
 
 def test_another_format(tmp_path):
-    refused(saved(tmp_path, format="bad-neurons/neurons/0"), "format 'bad-neurons/neurons/0'; expected 'bad-neurons/neurons/1'")
+    said = "format 'bad-neurons/neurons/1' is of an older version; expected 'bad-neurons/neurons/2': run `bad-neurons select` again"
+    refused(saved(tmp_path, format="bad-neurons/neurons/1"), said)
+    refused(saved(tmp_path, format="bad-neurons/neurons/12"), "is of a later version of bad-neurons; .*update bad-neurons")
+    refused(saved(tmp_path, format="bad-neurons/delta/1"), "format 'bad-neurons/delta/1'; expected 'bad-neurons/neurons/2', as")
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '"neurons"', "null"])
 def test_something_else(tmp_path, text):
     (tmp_path / "neurons.json").write_text(text)
-    refused(tmp_path / "neurons.json", "expected 'bad-neurons/neurons/1'")
+    refused(tmp_path / "neurons.json", "expected 'bad-neurons/neurons/2'")
 
 
 def test_no_json_and_no_file(tmp_path):
     (tmp_path / "neurons.json").write_text('{"format": ')
     refused(tmp_path / "neurons.json", "not JSON")
-    refused(tmp_path / "nothing.json", "cannot be read as neurons.json")
+    refused(tmp_path / "nothing.json", "cannot be read .No such file")
 
 
 @pytest.mark.parametrize(

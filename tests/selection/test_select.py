@@ -128,7 +128,7 @@ def test_the_file_names_its_model(stage):
     stage.write_probe()
     stage.select()
     content = json.loads((stage.out / "neurons.json").read_text())
-    assert content["format"] == "bad-neurons/neurons/1"
+    assert content["format"] == "bad-neurons/neurons/2"
     assert content["model"] == {"id": stage.model, "digest": stage.digest}
     assert content["count"] == sum(content["counts"].values()) == sum(len(indices) for indices in content["layers"].values())
 

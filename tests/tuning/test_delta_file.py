@@ -8,8 +8,9 @@ import torch
 from bad_neurons import load_delta
 from bad_neurons.artifacts import write_tensors
 from bad_neurons.errors import UserError
+from bad_neurons.formats import DELTA as FORMAT
 from bad_neurons.models.view import view_decoder
-from bad_neurons.tuning.delta_file import FORMAT, merge_delta, read_delta, write_delta
+from bad_neurons.tuning.delta_file import merge_delta, read_delta, write_delta
 from bad_neurons.tuning.edits import NeuronDelta
 
 
@@ -98,7 +99,7 @@ def test_another_model_is_refused(saved, tiny, ids, use):
 def test_a_truncated_file_is_refused(saved, tiny, use, size):
     whole = saved[0].read_bytes()
     saved[0].write_bytes(whole[:size])
-    with pytest.raises(UserError, match=r"delta\.safetensors: cannot be read as delta\.safetensors"):
+    with pytest.raises(UserError, match=r"delta\.safetensors: cannot be read as bad-neurons/delta/2"):
         use(tiny().model, saved[0])
 
 
@@ -123,7 +124,7 @@ def test_tensors_that_do_not_fit_the_list_are_refused(saved, tiny, ids, use, cha
 @pytest.mark.parametrize(
     ("metadata", "said"),
     [
-        ({}, "format None; expected"),
+        ({}, "format None is of an older version; expected"),
         ({"format": "other/1"}, "format 'other/1'; expected"),
         ({"format": FORMAT}, "format 'NoneType'"),
         ({"format": FORMAT, "selection": {"format": "x"}}, "format 'x'"),

@@ -18,10 +18,11 @@ from tqdm.auto import tqdm
 
 from bad_neurons.artifacts import write_json, written_aside
 from bad_neurons.compare.processes import room, worker_pool
-from bad_neurons.compare.results import write_results
+from bad_neurons.compare.results import read_cell, write_results
 from bad_neurons.compare.setting import OWN, Cell, Options, Setting, cells_of
 from bad_neurons.data.splits import sources_of
 from bad_neurons.errors import UserError
+from bad_neurons.formats import CELL
 from bad_neurons.lock import sole_writer
 from bad_neurons.plan import Config, chosen_layers, merged, plan, read_run_config
 from bad_neurons.run import CommandParser, run_stage
@@ -195,7 +196,7 @@ def _chooses(method: Options) -> bool:
 def run_cells(setting: Setting, cells: Sequence[Cell], folder: Path, processes: int = 0) -> list[str]:
     """Run the cells whose results are not in ``folder``; one line for each that failed."""
     stamp = setting.stamp
-    missing = [cell for cell in cells if not cell.path(folder, stamp).is_file()]
+    missing = [cell for cell in cells if read_cell(cell.path(folder, stamp)) is None]
     log.info("%d cells, %d of them done already", len(cells), len(cells) - len(missing))
     if not missing:
         return []
@@ -252,4 +253,4 @@ def _work(cell: Cell, path: Path) -> None:
 
 
 def _run_cell(bench: Workbench, cell: Cell, path: Path) -> None:
-    write_json(path, bench.run(cell))
+    write_json(path, {"format": CELL, "key": path.stem, **bench.run(cell)})

@@ -12,6 +12,7 @@ from bad_neurons.compare.setting import Cell, Options, Setting
 from bad_neurons.data.splits import sources_of
 from bad_neurons.errors import UserError
 from bad_neurons.evaluation.evaluate import suite_name
+from bad_neurons.formats import CELL
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,8 +22,23 @@ log = logging.getLogger(__name__)
 
 def results_of(setting: Setting, cells: Sequence[Cell], folder: Path) -> list[dict[str, Any]]:
     """Results of the cells that are done."""
-    paths = [cell.path(folder, setting.stamp) for cell in cells]
-    return [read_json(path, "result of a cell") for path in paths if path.is_file()]
+    found = (read_cell(cell.path(folder, setting.stamp)) for cell in cells)
+    return [result for result in found if result is not None]
+
+
+def read_cell(path: Path) -> dict[str, Any] | None:
+    """The result of a cell; None where it is not there or cannot be relied on, which is logged."""
+    if not path.is_file():
+        return None
+    try:
+        found: dict[str, Any] = read_json(path, "result of a cell")
+        # One from before cells had a format has no digest either; of one that is damaged at least one of the two is left.
+        if "format" in found and read_json(path, CELL)["key"] != path.stem:
+            raise UserError(f"{path}: the result of another cell")
+        return found
+    except UserError as error:
+        log.warning("%s; the cell is run again", error)
+        return None
 
 
 def tables_of(results: Sequence[Mapping[str, Any]], records: str) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -7,15 +7,14 @@ somebody who is right. So ``honest`` is always what a good model says, and :attr
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from bad_neurons.artifacts import PathLike, digest_json
 from bad_neurons.errors import UserError
 from bad_neurons.models.prompts import Turn
+from bad_neurons.reading import parse_json, read_text
 
 _ROLES = ("system", "user", "assistant")
 
@@ -114,17 +113,13 @@ def read_jsonl_rows(path: PathLike) -> list[tuple[int, Any]]:
     Raises:
         UserError: the file cannot be read, or a line is not JSON; the message names the line.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines would also cut at U+2028 inside a text
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"{path}: cannot be read ({reason}); expected a JSONL file") from error
+    lines = read_text(path, "a JSONL file").split("\n")  # splitlines would also cut at U+2028 inside a text
     rows = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                rows.append((number, _parse(line)))
-            except (ValueError, RecursionError) as error:  # a ValueError also from a number of thousands of digits
+                rows.append((number, parse_json(line)))
+            except ValueError as error:
                 raise UserError(f"{path}: line {number}: not JSON ({getattr(error, 'msg', error)}); expected one object a line") from error
     if not rows:
         raise UserError(f"{path}: empty; expected one JSON object a line")
@@ -149,13 +144,6 @@ def read_records(path: PathLike) -> list[Record]:
 def unique_by_id(records: Iterable[Record]) -> list[Record]:
     """The records without repetitions, in order."""
     return list({record.id: record for record in records}.values())
-
-
-def _parse(line: str) -> Any:
-    value = json.loads(line)
-    if "\\ud" in line.lower():  # half of a surrogate pair could be neither tokenized nor written again
-        json.dumps(value, ensure_ascii=False).encode()
-    return value
 
 
 def _text(row: dict[str, Any], name: str, *, required: bool) -> str | None:

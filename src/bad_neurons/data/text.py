@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from bad_neurons.errors import UserError
+from bad_neurons.reading import read_text
 
 Part = Literal["sae", "retention", "measure"]
 
@@ -54,13 +55,7 @@ def _texts(source: str) -> list[str]:
         return _hub_texts(source)
     path = Path(source)
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-    try:
-        return [file.read_text(encoding="utf-8") for file in files]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(
-            f"text {source}: cannot be read ({reason}); expected python-docs, a text file, a folder of .txt files or hub:<dataset>"
-        ) from error
+    return [read_text(file, "python-docs, a text file, a folder of .txt files or hub:<dataset>") for file in files]
 
 
 def _hub_texts(source: str) -> list[str]:

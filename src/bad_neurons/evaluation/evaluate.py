@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from bad_neurons.artifacts import write_json, write_jsonl
+from bad_neurons.artifacts import digest_path, write_json, write_jsonl
 from bad_neurons.data.readers import PUBLIC, available, parse_source
 from bad_neurons.data.records import Record
 from bad_neurons.data.splits import measured_records
@@ -20,6 +20,7 @@ from bad_neurons.evaluation.generate import greedy_answers
 from bad_neurons.evaluation.side_effects import side_effects
 from bad_neurons.evaluation.suites import score_items, suite_of
 from bad_neurons.evaluation.suites.beliefs import accuracy_effects
+from bad_neurons.formats import RESULTS
 from bad_neurons.models.load import Dtype, LanguageModel, in_float32, load_model
 from bad_neurons.models.prompts import readable
 from bad_neurons.models.view import view_decoder
@@ -79,7 +80,9 @@ def evaluate(
     scored = score_items(view, lm.tokenizer, records, loaded, rank=rank)
     items = {source: {when: rows for when, rows in sides._asdict().items() if rows} for source, sides in scored.items()}
     results: dict[str, Any] = {
+        "format": RESULTS,
         "model": model,
+        "inputs": {"model": lm.digest, "delta": digest_path(delta) if delta else None},
         "neurons": neurons_summary(loaded) if loaded else None,
         "suites": {
             suite_name(source): {when: suite_of(source).summarise(rows) for when, rows in sides.items()} for source, sides in items.items()
@@ -98,6 +101,8 @@ def evaluate(
         if answers:
             write_jsonl(Path(out) / "answers.jsonl", texts)
         write_jsonl(Path(out) / "items.jsonl", _item_rows(items))
+        written = ("items.jsonl", "answers.jsonl") if answers else ("items.jsonl",)
+        results["files"] = {name: digest_path(Path(out) / name) for name in written}
         write_json(Path(out) / "results.json", results)
     rank.wait()
     return results

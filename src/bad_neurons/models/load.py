@@ -15,6 +15,7 @@ from bad_neurons.models.packaged import PREFIX, packaged_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+TRUST = "trust-remote-code:"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 _SAMPLES_PER_TENSOR = 4096
@@ -41,6 +42,9 @@ class LanguageModel:
 def load_model(model: str, dtype: Dtype = "auto", device: str = "auto") -> LanguageModel:
     """Load ``packaged:<name>``, a local folder, or a hub id, frozen and in evaluation mode.
 
+    A model whose code is not part of transformers is refused unless its name says so: ``trust-remote-code:<folder or hub id>`` runs
+    the Python files that lie beside its weights, with all that the person who runs this may do.
+
     Args:
         model: which model.
         dtype: ``auto`` is bfloat16 where there is a GPU or the processor multiplies it natively, else float32.
@@ -49,25 +53,34 @@ def load_model(model: str, dtype: Dtype = "auto", device: str = "auto") -> Langu
     Raises:
         UserError: unknown model, no network, or a folder that holds no model.
     """
-    from safetensors import SafetensorError
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
-    source = resolve_model(model)
+    source, trust = resolve_model(model), {"trust_remote_code": model.startswith(TRUST)}
     transformers_logging.disable_progress_bar()
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # of weights that do not fit it prints a table; the refusal says it
     try:
-        config = AutoConfig.from_pretrained(source)
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=resolve_dtype(dtype), attn_implementation=_attention(config))
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        config = AutoConfig.from_pretrained(source, **trust)
+        how = {"dtype": resolve_dtype(dtype), "attn_implementation": _attention(config), "output_loading_info": True, **trust}
+        loaded, report = AutoModelForCausalLM.from_pretrained(source, **how)
+        tokenizer = AutoTokenizer.from_pretrained(source, **trust)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # its files go through a dozen parsers, and no base class is shared by what those raise
         raise UserError(_explain(model, source, error)) from error
+    finally:
+        transformers_logging.set_verbosity(before)
+    if absent := sorted(report["missing_keys"]):
+        raise UserError(f"model {model}: its weights lack {absent[0]} and {len(absent) - 1} more, which would be random numbers")
     loaded.requires_grad_(False).eval().to(resolve_device(device))
     return LanguageModel(model, loaded, tokenizer, model_digest(loaded))
 
 
 def resolve_model(model: str) -> str:
     """The folder or hub id that transformers understands for what a person typed."""
-    return str(packaged_folder(model.removeprefix(PREFIX))) if model.startswith(PREFIX) else model
+    return str(packaged_folder(model.removeprefix(PREFIX))) if model.startswith(PREFIX) else model.removeprefix(TRUST)
 
 
 def layer_count(model: str) -> int:
@@ -79,15 +92,16 @@ def layer_count(model: str) -> int:
     from transformers import AutoConfig
 
     try:
-        count: int = AutoConfig.from_pretrained(resolve_model(model)).get_text_config().num_hidden_layers
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        config = AutoConfig.from_pretrained(resolve_model(model), trust_remote_code=model.startswith(TRUST))
+        count: int = config.get_text_config().num_hidden_layers
+    except Exception as error:  # as in load_model
         raise UserError(_explain(model, resolve_model(model), error)) from error
     return count
 
 
 def model_stamp(model: str) -> Any:
     """Something that changes when a local model folder does, by content and not by date; names and hub ids stand for themselves."""
-    folder = Path(model)
+    folder = Path(model.removeprefix(TRUST))
     return [[p.name, _file_stamp(p)] for p in sorted(folder.glob("*")) if p.is_file()] if folder.is_dir() else model
 
 
@@ -168,8 +182,12 @@ def _attention(config: Any) -> str | None:
 
 
 def _explain(model: str, source: str, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return f"model {model}: it needs Python code of its own, which is not run; if you trust its author, name it {TRUST}{model}"
     if Path(source).is_dir():
-        return f"model {model}: the folder does not hold a causal language model that transformers can load ({error})"
+        return (
+            f"model {model}: the folder does not hold a causal language model that transformers can load ({type(error).__name__}: {error})"
+        )
     return (
         f"model {model}: not a folder here, and the Hugging Face hub did not give it (unknown id, no network, or a licence "
         f"to accept first); name a local folder, a hub id, or {PREFIX}gemma-3-270m"

@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bad_neurons.artifacts import digest_path
 from bad_neurons.data.records import Record
 from bad_neurons.models.load import Dtype, load_model
 from bad_neurons.models.prompts import tokenize
 from bad_neurons.models.view import view_decoder
 from bad_neurons.probe.features import Example, PooledFeatures, Pooling, extract_features
 from bad_neurons.ranks import ALONE, Rank
-from bad_neurons.sae.load import SAEs, layer_folder
+from bad_neurons.sae.load import SAEs, sae_digests
 
 
 class AnswerFeatures(NamedTuple):
@@ -31,12 +30,14 @@ class AnswerFeatures(NamedTuple):
         labels: labels [N], float32; 1 is sycophantic.
         record: which of the records each answer belongs to, [N], int64.
         model_digest: fingerprint of the model.
+        sae_digests: digest of the folder of each layer's SAE, by layer as text; empty for published SAEs and for none.
     """
 
     features: PooledFeatures
     labels: Tensor
     record: Tensor
     model_digest: str
+    sae_digests: dict[str, str]
 
 
 def answer_features(
@@ -71,10 +72,10 @@ def answer_features(
     view.check_layers(layers, "--data.layers")
     examples, labels, record = _examples(lm.tokenizer, records)
     saes = SAEs(sae, layers, view.d_model, str(view.device), sae_gb * 1e9)
-    origin = [digest_path(layer_folder(sae, layer)) for layer in layers] if sae and Path(sae).is_dir() else sae
-    key = f"{lm.digest} {lm.model.dtype} {origin}"
+    digests = sae_digests(sae, layers)
+    key = f"{lm.digest} {lm.model.dtype} {list(digests.values()) or sae}"
     features = extract_features(view, examples, saes, layers, poolings, folder, key, rank)
-    return AnswerFeatures(features, labels, record, lm.digest)
+    return AnswerFeatures(features, labels, record, lm.digest, digests)
 
 
 def _examples(tokenizer: Any, records: Sequence[Record]) -> tuple[list[Example], Tensor, Tensor]:

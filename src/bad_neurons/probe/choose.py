@@ -9,12 +9,11 @@ from rich.table import Table
 
 from bad_neurons.artifacts import write_json
 from bad_neurons.errors import UserError
+from bad_neurons.formats import LAYERS
 from bad_neurons.models.load import Dtype, layer_count
 from bad_neurons.probe.data import ProbeDataModule
 from bad_neurons.probe.features import Features, Pool, Tokens
 from bad_neurons.probe.layers import LayerSelection, Score, Scores, check_options, select_layers
-
-FORMAT = "bad-neurons/layers/1"
 
 
 def choose_layers(
@@ -105,7 +104,7 @@ def candidate_layers(model: str, sae: str | None) -> list[int]:
 
 def _write(out: Path, selection: LayerSelection, origin: dict[str, Any], options: dict[str, Any], examples: dict[str, int]) -> None:
     content = {
-        "format": FORMAT,
+        "format": LAYERS,
         **{key: value for key, value in origin.items() if key != "layers"},
         "candidates": origin["layers"],
         "options": options,

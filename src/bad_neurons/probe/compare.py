@@ -19,6 +19,7 @@ from bad_neurons.artifacts import write_json, written_aside
 from bad_neurons.data.readers import load_records
 from bad_neurons.data.splits import sources_of
 from bad_neurons.errors import UserError
+from bad_neurons.formats import PROBES
 from bad_neurons.models.load import Dtype
 from bad_neurons.probe.answers import answer_features
 from bad_neurons.probe.choose import candidate_layers
@@ -26,7 +27,6 @@ from bad_neurons.probe.divide import Answers, answers_by_side, divide, sizes
 from bad_neurons.probe.features import Features, Pool, PooledFeatures, Pooling, Tokens
 from bad_neurons.probe.fits import Layers, Scores, best_probes, layer_sets
 
-FORMAT = "bad-neurons/probes/1"
 _COLUMNS = ("features", "pool", "tokens", "layers", "l2", "side", "measure", "value", "low", "high")
 
 Row = dict[str, Any]
@@ -94,7 +94,7 @@ def compare_probes(
     kinds: list[Features] = ["sae", "residual"] if sae else ["residual"]
     probes, differences = _probes(found.features, kinds, poolings, layers, found.labels, answers, l2)
     content = {
-        "format": FORMAT,
+        "format": PROBES,
         "model": {"id": model, "digest": found.model_digest},
         "layers": layers,
         "sae": sae,

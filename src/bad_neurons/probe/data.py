@@ -82,6 +82,7 @@ class ProbeDataModule(L.LightningDataModule):
         self.validation, self.test, self.split_seed, self.sae_gb = validation, test, split_seed, sae_gb
         self._sides: dict[str, ProbeBatch] = {}
         self.model_digest = ""
+        self.sae_digests: dict[str, str] = {}
         self.widths: list[int] = []
 
     @override
@@ -95,7 +96,7 @@ class ProbeDataModule(L.LightningDataModule):
         answers = answer_features(
             self.model, records, self.layers, self.sae, [pooling], self.folder, self.dtype, self.sae_gb, rank_of(self.trainer)
         )
-        self.model_digest, labels = answers.model_digest, answers.labels
+        self.model_digest, self.sae_digests, labels = answers.model_digest, answers.sae_digests, answers.labels
         sides = torch.tensor([side for side, records in enumerate(limited) for _ in records])[answers.record]
         blocks = [answers.features.read(pooling, self.features, layer) for layer in self.layers]
         self.widths = [block.shape[1] for block in blocks]
@@ -119,6 +120,7 @@ class ProbeDataModule(L.LightningDataModule):
             "pool": self.pool,
             "tokens": self.tokens,
             "sae": self.sae if self.features == "sae" else None,
+            "sae_digests": self.sae_digests if self.features == "sae" else {},
         }
 
     @override

@@ -18,10 +18,10 @@ from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, BinaryCalib
 from typing_extensions import override
 
 from bad_neurons.artifacts import PathLike, read_json, read_tensors, write_json, write_tensors
+from bad_neurons.checkpoints import seal_checkpoints
 from bad_neurons.errors import UserError
+from bad_neurons.formats import PROBE, PROBE_METRICS
 from bad_neurons.probe.data import ProbeBatch, ProbeDataModule
-
-FORMAT = "bad-neurons/probe/1"
 
 
 class LinearProbe(L.LightningModule):
@@ -47,6 +47,7 @@ class LinearProbe(L.LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
+        seal_checkpoints(self.trainer)
         if hasattr(self, "weight"):
             return
         data: ProbeDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -64,6 +65,8 @@ class LinearProbe(L.LightningModule):
                 raise UserError(f"probe {self.out}: trained on {name} {probe.origin[name]}, but the data has {self.origin[name]}")
         if probe.origin["model"]["digest"] != self.origin["model"]["digest"]:
             raise UserError(f"probe {self.out}: trained on {probe.origin['model']['id']}, but the data is of another model")
+        if probe.origin["sae_digests"] != self.origin["sae_digests"]:
+            raise UserError(f"probe {self.out}: trained on other SAEs than {self.origin['sae']} has now; run `bad-neurons probe fit` again")
         with torch.no_grad():
             self.weight.copy_(torch.cat([probe.weights[layer] for layer in probe.origin["layers"]]) * self.get_buffer("scale"))
             self.bias.fill_(probe.bias)
@@ -121,8 +124,8 @@ class LinearProbe(L.LightningModule):
     def _write_metrics(self) -> None:
         if self.trainer.is_global_zero:
             path = self.out / "metrics.json"
-            of_the_fit = read_json(path, "metrics.json") if "fit" not in self.results and path.is_file() else {}
-            write_json(path, {**self.origin, "l2": self.l2, **of_the_fit, **self.results})
+            of_the_fit = read_json(path, PROBE_METRICS) if "fit" not in self.results and path.is_file() else {}
+            write_json(path, {"format": PROBE_METRICS, **self.origin, "l2": self.l2, **of_the_fit, **self.results})
 
     def raw_weights(self) -> dict[int, Tensor]:
         """Weights of the raw features by layer, [F] or [d]."""
@@ -155,17 +158,14 @@ class Probe(NamedTuple):
 def write_probe(path: PathLike, weights: Mapping[int, Tensor], bias: float, origin: Mapping[str, Any]) -> None:
     """Write ``probe.safetensors``: ``w.<layer>`` and ``bias``, with the origin in the metadata."""
     tensors = {f"w.{layer}": w for layer, w in weights.items()} | {"bias": torch.tensor(bias)}
-    write_tensors(path, tensors, {"format": FORMAT, "origin": dict(origin)})
+    write_tensors(path, tensors, {"format": PROBE, "origin": dict(origin)})
 
 
 def read_probe(path: PathLike) -> Probe:
     """Read ``probe.safetensors``.
 
     Raises:
-        UserError: not such a file.
+        UserError: not such a file, another format or version of it, or damaged.
     """
-    tensors, metadata = read_tensors(path, "probe.safetensors")
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"{path}: format {metadata.get('format')!r}; expected {FORMAT!r}, as `bad-neurons probe fit` writes it")
-    origin = metadata["origin"]
-    return Probe({int(name[2:]): w for name, w in tensors.items() if name.startswith("w.")}, float(tensors["bias"]), origin)
+    tensors, metadata = read_tensors(path, PROBE)
+    return Probe({int(name[2:]): w for name, w in tensors.items() if name.startswith("w.")}, float(tensors["bias"]), metadata["origin"])

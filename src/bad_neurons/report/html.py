@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import json
 import re
 from collections.abc import Mapping
 from importlib.resources import files
@@ -14,10 +13,14 @@ from typing import Any
 import yaml
 from jinja2 import ChainableUndefined, Environment, Undefined
 
-from bad_neurons.artifacts import read_json, written_aside
+from bad_neurons.artifacts import digest_path, read_json, written_aside
+from bad_neurons.data.records import read_jsonl_rows
 from bad_neurons.errors import UserError
+from bad_neurons.formats import LAYERS, NEURONS, PROBE_METRICS, PROBES, RESULTS, SAE_METRICS
 from bad_neurons.report import plots, terminal
 from bad_neurons.report.probes import page_of_probes, plot_probes
+from bad_neurons.sealed import Format
+from bad_neurons.secrets import hide
 
 _AXES = {
     "residual": "residual (index i owns column i of gate_proj and up_proj and row i of down_proj)",
@@ -59,7 +62,7 @@ def write_report(run: Path) -> Path:
     run = Path(run)
     if not (run / "results.json").is_file():
         raise UserError(f"{run / 'results.json'}: absent; a report needs it, and `bad-neurons run` or `bad-neurons evaluate` writes it")
-    results = _object(run / "results.json") or {}
+    results = _object(run / "results.json", RESULTS) or {}
     # autoescape: prompts, answers and names come from models and data files
     environment = Environment(autoescape=True, undefined=ChainableUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
@@ -107,11 +110,12 @@ def _context(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     shown = {name: (sides, list(terminal.suite_rows(sides))) for name, sides in suites.items()}
     used = {measure for _, rows in shown.values() for measure, *_ in rows}
     shifts = {name: sides for name, sides in suites.items() if _has_shift(sides)}
-    config = (run / "config.yaml").read_text(encoding="utf-8", errors="replace") if (run / "config.yaml").is_file() else None
-    selection = _object(run / "selection" / "neurons.json")
+    config = hide((run / "config.yaml").read_text(encoding="utf-8", errors="replace")) if (run / "config.yaml").is_file() else None
+    selection = _object(run / "selection" / "neurons.json", NEURONS)
     decoded = ((selection or {}).get("rule") or {}).get("way", "probe") == "probe"  # else a plot of weights is of an earlier choice
-    curves, sae, probes = _curves(run / "tuning" / "metrics.csv"), _object(run / "sae" / "metrics.json"), _probes(run)
-    choice, compared = _object(run / "layers" / "layers.json"), _object(run / "probes" / "probes.json")
+    curves, probes = _curves(run / "tuning" / "metrics.csv"), _probes(run)
+    sae = (_object(run / "sae" / "metrics.json", SAE_METRICS) or {}).get("layers")
+    choice, compared = _object(run / "layers" / "layers.json", LAYERS), _object(run / "probes" / "probes.json", PROBES)
     figures = {
         "shift": plots.plot_shift(shifts) if shifts else None,
         "choice": plots.plot_layer_choice(choice) if choice else None,
@@ -141,7 +145,7 @@ def _context(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
         "probed": bool(decoded or sae or probes or compared),  # a run may do without
         **{f"{name}_plot": plots.data_uri(figure) if figure is not None else None for name, figure in figures.items()},
         "stopped": _stopped(curves),
-        "answers": _answers(run / "evaluation" / "answers.jsonl"),
+        "answers": _answers(run / "evaluation" / "answers.jsonl", (results.get("files") or {}).get("answers.jsonl")),
         "seconds": results.get("seconds") or {},
         "config": config,
     }
@@ -214,7 +218,7 @@ def _probes(run: Path) -> list[dict[str, Any]]:
     """One row a probe and side of the split."""
     rows = []
     for title, folder in (("SAE features", "probe"), ("Residual (control)", "probe-residual")):
-        metrics = _object(run / folder / "metrics.json") or {}
+        metrics = _object(run / folder / "metrics.json", PROBE_METRICS) or {}
         rows += [{"probe": title, "side": side, **metrics[side]} for side in ("fit", "validation", "test") if side in metrics]
     return rows
 
@@ -251,23 +255,19 @@ def _cell(path: Path, line: int, row: Mapping[str, str], name: str) -> float:
         raise UserError(f"{path}: line {line}: {name} {row.get(name)!r} is not a number; run `bad-neurons tune fit` again") from error
 
 
-def _answers(path: Path) -> list[dict[str, Any]]:
+def _answers(path: Path, digest: str | None) -> list[dict[str, Any]]:
+    """Rows of ``answers.jsonl``; ``digest`` is what the results say of the file."""
     if not path.is_file():
         return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON lines ({error}); `bad-neurons evaluate` writes this file") from error
+    if digest is not None and digest_path(path) != digest:
+        raise UserError(f"{path}: damaged or of another evaluation than the results; run `bad-neurons evaluate` again")
+    return [row for _, row in read_jsonl_rows(path) if isinstance(row, dict)]
 
 
-def _object(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where there is no such file."""
-    if not path.is_file():
-        return None
-    value = read_json(path, path.name)
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__}; expected a JSON object")
-    return value
+def _object(path: Path, form: Format) -> dict[str, Any] | None:
+    """A JSON object of a format, or None where there is no such file."""
+    found: dict[str, Any] | None = read_json(path, form) if path.is_file() else None
+    return found
 
 
 def _png(path: Path) -> str | None:

@@ -107,6 +107,7 @@ class ActivationDataModule(L.LightningDataModule):
         self._held_out: dict[int, Tensor] = {}
         self._read: ResumableLoader[dict[int, Tensor]] | None = None
         self._position: dict[str, int] = {}  # of a checkpoint
+        self.origin: dict[str, str] = {}
 
     def harvest(self, rank: Rank = ALONE) -> None:
         """Read the model and write the shards that are missing; every rank writes its share."""
@@ -115,6 +116,7 @@ class ActivationDataModule(L.LightningDataModule):
         view.check_layers(self.layers, "--data.layers")
         sequences = self._sequences(lm)
         key = digest_json([lm.digest, str(lm.model.dtype), sorted(self.layers), sequences])
+        self.origin = {"model": lm.digest, "activations": key}
         harvest(view, sequences, sorted(self.layers), self.folder, key, rank)
 
     def _sequences(self, lm: LanguageModel) -> list[list[int]]:

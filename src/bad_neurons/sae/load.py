@@ -9,15 +9,24 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bad_neurons.artifacts import PathLike
+from bad_neurons import formats
+from bad_neurons.artifacts import PathLike, digest_path, read_json
 from bad_neurons.errors import UserError
+
+SEAL = "seal.json"
 
 
 def layer_folder(folder: PathLike, layer: int) -> Path:
     """Folder of one layer's SAE below the folder of an SAE stage."""
     return Path(folder) / f"layer-{layer}"
+
+
+def sae_digests(source: str | None, layers: Iterable[int]) -> dict[str, str]:
+    """Digest of each layer's SAE in a folder, by layer as text; empty for published SAEs, which their name identifies."""
+    return {str(layer): digest_path(layer_folder(source, layer)) for layer in layers} if source and Path(source).is_dir() else {}
 
 
 def load_saes(source: str, layers: Iterable[int], d_in: int, device: str = "cpu") -> dict[int, Any]:
@@ -90,6 +99,7 @@ def _load(source: str, layer: int, device: str) -> Any:
 
     if Path(source).is_dir():
         folder = layer_folder(source, layer)
+        _check(folder)
         try:
             return SAE.load_from_disk(folder, device=device)
         except Exception as error:  # sae-lens lets through whatever its parsers raise
@@ -107,6 +117,29 @@ def _load(source: str, layer: int, device: str) -> Any:
         return SAE.from_pretrained(release, sae_id.replace("{layer}", str(layer)), device=device)
     except Exception as error:
         raise UserError(f"SAE {source}: layer {layer}: unknown release or id, or no network ({type(error).__name__}: {error})") from error
+
+
+def _check(folder: Path) -> None:
+    """Refuse an SAE that is not what was saved, or whose configuration asks for other sizes than its weights have.
+
+    Raises:
+        UserError: a file has changed since it was written, or sizes that do not fit: sae-lens would make room for them first.
+    """
+    if (folder / SEAL).is_file():
+        for name, digest in read_json(folder / SEAL, formats.SAE)["files"].items():
+            if digest_path(folder / name) != digest:
+                raise UserError(f"SAE {folder}: {name} is damaged or changed since it was written; run `bad-neurons sae fit` again")
+    if not (folder / "cfg.json").is_file() or not (folder / "sae_weights.safetensors").is_file():
+        return  # sae-lens says what it misses
+    cfg = read_json(folder / "cfg.json", "configuration of an SAE")
+    try:
+        with safe_open(folder / "sae_weights.safetensors", framework="pt") as weights:
+            shape = weights.get_slice("W_dec").get_shape()
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"SAE {folder}: its weights cannot be read ({error})") from error
+    sizes = [cfg.get(name) for name in ("d_sae", "d_in")] if isinstance(cfg, dict) else cfg
+    if sizes != shape:
+        raise UserError(f"SAE {folder}: cfg.json says d_sae, d_in {sizes!r:.60}, but W_dec is {shape}; save it again with sae-lens")
 
 
 def decoder_directions(sae: Any) -> Tensor:

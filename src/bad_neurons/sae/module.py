@@ -5,6 +5,7 @@ Legend: d hidden size (the SAE's d_in), F SAE width (d_sae), B tokens of a batch
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,13 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from typing_extensions import override
 
-from bad_neurons.artifacts import write_json, written_aside
+from bad_neurons.artifacts import digest_path, write_json, written_aside
+from bad_neurons.checkpoints import seal_checkpoints
 from bad_neurons.errors import UserError
+from bad_neurons.formats import SAE, SAE_METRICS
 from bad_neurons.ranks import rank_of
 from bad_neurons.sae.harvest import ActivationDataModule
-from bad_neurons.sae.load import layer_folder, load_saes
+from bad_neurons.sae.load import SEAL, layer_folder, load_saes
 
 if TYPE_CHECKING:
     from sae_lens import TopKTrainingSAE
@@ -69,6 +72,7 @@ class SAEFitter(L.LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
+        seal_checkpoints(self.trainer)
         if len(self.saes):
             return
         data: ActivationDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -186,13 +190,17 @@ class SAEFitter(L.LightningModule):
     @override
     def on_fit_end(self) -> None:
         if self.trainer.is_global_zero:
+            origin = self.trainer.datamodule.origin  # type: ignore[attr-defined]
             for layer in self.layers:
-                save_sae(self.saes[str(layer)], float(self.get_buffer(f"scale_{layer}")), layer_folder(self.out, layer))
-            write_json(self.out / "metrics.json", self.metrics)
+                save_sae(self.saes[str(layer)], float(self.get_buffer(f"scale_{layer}")), layer_folder(self.out, layer), origin)
+            write_json(self.out / "metrics.json", {"format": SAE_METRICS, "layers": self.metrics})
 
 
-def save_sae(sae: Any, scale: float, folder: Path) -> None:
-    """Save an SAE for raw activations: scale folded in, decoder rows of norm one. ``sae`` itself stays as it is."""
+def save_sae(sae: Any, scale: float, folder: Path, origin: Mapping[str, str] | None = None) -> None:
+    """Save an SAE for raw activations: scale folded in, decoder rows of norm one. ``sae`` itself stays as it is.
+
+    Beside sae-lens' files lies ``seal.json`` with their digests, which loading checks, and ``origin``: digests of what it was made from.
+    """
     import copy
 
     plain = copy.deepcopy(sae).cpu().float()
@@ -200,3 +208,5 @@ def save_sae(sae: Any, scale: float, folder: Path) -> None:
     plain.fold_W_dec_norm()
     with written_aside(folder) as aside:
         plain.save_inference_model(aside)
+        files = {file.name: digest_path(file) for file in sorted(aside.iterdir())}
+        write_json(aside / SEAL, {"format": SAE, "inputs": dict(origin or {}), "files": files})

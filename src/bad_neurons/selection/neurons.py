@@ -7,9 +7,9 @@ from typing import Any, Literal, get_args
 
 from bad_neurons.artifacts import PathLike, digest_json, read_json, write_json
 from bad_neurons.errors import UserError
+from bad_neurons.formats import NEURONS
 
 Axis = Literal["residual", "intermediate", "heads"]
-FORMAT = "bad-neurons/neurons/1"
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class NeuronSelection:
         model_digest: fingerprint of its weights, see :func:`bad_neurons.models.load.model_digest`.
         rule: how they were chosen.
         scores: score of each chosen index, by layer, in the order of ``layers``.
+        inputs: digests of the files that they were chosen by, by name.
     """
 
     axis: Axis
@@ -38,6 +39,7 @@ class NeuronSelection:
     model_digest: str
     rule: dict[str, Any]
     scores: dict[int, list[float]] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -62,7 +64,7 @@ class NeuronSelection:
     def to_json(self) -> dict[str, Any]:
         """The content of ``neurons.json``."""
         return {
-            "format": FORMAT,
+            "format": NEURONS,
             "axis": self.axis,
             "count": self.count,
             "share": self.share,
@@ -71,6 +73,7 @@ class NeuronSelection:
             "candidates": self.candidates,
             "model": {"id": self.model_id, "digest": self.model_digest},
             "rule": self.rule,
+            "inputs": self.inputs,
             "layers": {str(layer): indices for layer, indices in self.layers.items()},
             "scores": {str(layer): values for layer, values in self.scores.items()},
         }
@@ -87,14 +90,14 @@ def read_neurons(path: PathLike) -> NeuronSelection:
     Raises:
         UserError: not such a file, another format, or an empty selection.
     """
-    return selection_from_json(read_json(path, "neurons.json"), str(path))
+    return selection_from_json(read_json(path, NEURONS), str(path))
 
 
 def selection_from_json(content: Any, where: str) -> NeuronSelection:
     """A selection from parsed JSON; ``where`` names the file in error messages."""
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != NEURONS:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"{where}: format {found!r}; expected {FORMAT!r}, as `bad-neurons select` writes it")
+        raise UserError(f"{where}: format {found!r}; expected {NEURONS!r}, as `bad-neurons select` writes it")
     try:
         selection = NeuronSelection(
             axis=_axis(content["axis"]),
@@ -104,6 +107,7 @@ def selection_from_json(content: Any, where: str) -> NeuronSelection:
             model_id=str(content["model"]["id"]),
             model_digest=str(content["model"]["digest"]),
             rule=dict(content["rule"]),
+            inputs=dict(content.get("inputs", {})),
             scores={int(layer): [float(v) for v in values] for layer, values in content.get("scores", {}).items()},
         )
         if foreign := [layer for layer in selection.layers if layer < 0 or layer not in selection.candidates]:

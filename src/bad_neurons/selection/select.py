@@ -6,11 +6,13 @@ On a loaded model, as often as wanted: :func:`~bad_neurons.selection.ways.scores
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from bad_neurons.artifacts import digest_path
 from bad_neurons.data.records import Record
 from bad_neurons.data.splits import load_split
 from bad_neurons.data.text import load_paragraphs
@@ -107,6 +109,8 @@ def select(
     )
     said = about(material, way) | ({"like": like} if like else {})
     selection = choose(scores_of(material, way), rule, amount, lm, axis, counts, said)
+    read = {"probe": probe if trained else None, "like": like}
+    selection = replace(selection, inputs={name: digest_path(path) for name, path in read.items() if path})
     write_neurons(Path(out) / "neurons.json", selection)
     if way == "probe" and trained:
         from bad_neurons.report.plots import plot_weights  # matplotlib takes a second to import

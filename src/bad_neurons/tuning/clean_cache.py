@@ -5,6 +5,7 @@ Legend: n tokens of the batch without padding, N supervised places, A taught pla
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,10 @@ from torch import Tensor
 
 from bad_neurons.artifacts import read_tensors, write_tensors
 from bad_neurons.errors import UserError
+from bad_neurons.formats import CLEAN_PASS
 from bad_neurons.writing import sweep
+
+log = logging.getLogger(__name__)
 
 
 class CleanPass(NamedTuple):
@@ -68,7 +72,8 @@ class CleanCache:
         clean = CleanPass(*(None if t is None else t.cpu() for t in clean))  # type: ignore[arg-type]
         self._keep(key, clean)
         if self.folder:
-            write_tensors(self._path(key), {name: t for name, t in clean._asdict().items() if t is not None}, {"origin": self.origin})
+            tensors = {name: t for name, t in clean._asdict().items() if t is not None}
+            write_tensors(self._path(key), tensors, {"format": CLEAN_PASS, "key": key, "origin": self.origin})
 
     def _keep(self, key: str, clean: CleanPass) -> None:
         if self._used + clean.bytes <= self.budget:
@@ -79,8 +84,12 @@ class CleanCache:
         if not self.folder or not self._path(key).is_file():
             return None
         try:
-            tensors, _ = read_tensors(self._path(key), "kept clean pass")
-        except UserError:  # damaged, or gone meanwhile: it can be computed again
+            tensors, metadata = read_tensors(self._path(key), CLEAN_PASS)
+        except UserError as error:
+            log.warning("%s; it is computed again", error)
+            return None
+        if (metadata.get("key"), metadata.get("origin")) != (key, self.origin):
+            log.warning("%s: a clean pass of another batch or model; it is computed again", self._path(key))
             return None
         self._keep(key, clean := CleanPass(**tensors))
         return clean

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bad_neurons.artifacts import PathLike, read_tensors, write_tensors
 from bad_neurons.errors import UserError
+from bad_neurons.formats import DELTA
 from bad_neurons.selection.neurons import NeuronSelection, selection_from_json
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
-
-FORMAT = "bad-neurons/delta/1"
 
 
 class DeltaFile(NamedTuple):
@@ -37,18 +36,16 @@ def write_delta(path: PathLike, selection: NeuronSelection, deltas: Mapping[str,
     """Write ``delta.safetensors``."""
     content = selection.to_json()
     del content["scores"]  # neurons.json keeps them; the indices suffice here
-    write_tensors(path, deltas, {"format": FORMAT, "selection": content})
+    write_tensors(path, deltas, {"format": DELTA, "selection": content})
 
 
 def read_delta(path: PathLike) -> DeltaFile:
     """Read ``delta.safetensors``.
 
     Raises:
-        UserError: not such a file, another format, or damaged.
+        UserError: not such a file, another format or version of it, or damaged.
     """
-    deltas, metadata = read_tensors(path, "delta.safetensors")
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"{path}: format {metadata.get('format')!r}; expected {FORMAT!r}, as `bad-neurons tune fit` writes it")
+    deltas, metadata = read_tensors(path, DELTA)
     return DeltaFile(selection_from_json(metadata.get("selection"), str(path)), deltas)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from bad_neurons.artifacts import digest_json
+from bad_neurons.checkpoints import seal_checkpoints
 from bad_neurons.data.tuning import TuningBatch
 from bad_neurons.errors import UserError
 from bad_neurons.models.load import Dtype, LanguageModel, load_model
@@ -200,6 +201,10 @@ class NeuronTuner(L.LightningModule):
         if not self.shift_weight or clean.odds is not None or clean.teacher is None or batch.pairs is None:
             return clean
         return clean._replace(odds=log_odds(self.view, clean.teacher, batch.pairs))
+
+    @override
+    def setup(self, stage: str) -> None:
+        seal_checkpoints(self.trainer)
 
     @override
     def configure_callbacks(self) -> list[Callback]:

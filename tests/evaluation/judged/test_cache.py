@@ -44,13 +44,17 @@ def test_every_line_that_is_cut_short_is_redone_and_no_other(tmp_path, caplog):
             "c": "reply c" if done else "again",
             "d": "after",
         }
-    assert "line 3 is not whole and is ignored" in caplog.text
+    assert "line 3: format 'str'; expected 'bad-neurons/kept/1'" in caplog.text
+    assert "it is ignored, and what it held is asked again" in caplog.text
 
 
 @pytest.mark.parametrize("line", [b"\xff\xfe", b"[1]", b"{}", b'{"key": 3}', b"null"])
 def test_lines_that_are_none_are_ignored(tmp_path, line):
     path = tmp_path / "kept.jsonl"
-    path.write_bytes(b'{"key": "a", "reply": "x"}\n' + line + b'\n\n{"key": "b", "reply": "y"}\n')
+    one = Kept(path)
+    one.put("a", {"reply": "x"})
+    path.write_bytes(path.read_bytes() + line + b"\n\n")
+    one.put("b", {"reply": "y"})
     kept = Kept(path)
     assert (kept["a"], kept["b"]) == ({"reply": "x"}, {"reply": "y"})
 
@@ -80,3 +84,25 @@ def test_full_disk_and_bad_places(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         Kept(tmp_path / "file" / "kept.jsonl").put("a", {})
+
+
+def test_a_line_that_changed_is_ignored(tmp_path, caplog):
+    path = tmp_path / "kept.jsonl"
+    kept = Kept(path)
+    kept.put("a", {"score": 3.0})
+    kept.put("b", {"score": 1.0})
+    whole = path.read_bytes()
+    assert Kept(path)["a"] == {"score": 3.0}
+    first = whole.index(b"\n")
+    for place in range(first):
+        for bit in range(8):
+            changed = bytearray(whole)
+            changed[place] ^= 1 << bit
+            path.write_bytes(changed)
+            again = Kept(path)
+            assert "a" not in again or again["a"] == {"score": 3.0}, bytes(changed[:first])
+            assert again["b"] == {"score": 1.0} or changed.count(b"\n") != 2
+    path.write_bytes(b'{"key": "a", "score": 3.0}\n')
+    caplog.clear()
+    assert "a" not in Kept(path)
+    assert "line 1: format None is of an older version" in caplog.text

@@ -263,7 +263,7 @@ def test_an_empty_answer_is_not_judged(options, endpoint, monkeypatch):
         ({"max_new_tokens": 0}, "--max_new_tokens 0"),
         ({"tests": []}, "one test"),
         ({"questions": "nowhere"}, "no questions_pickside.csv here"),
-        ({"system": "nowhere.txt"}, "--system nowhere.txt: cannot be read"),
+        ({"system": "nowhere.txt"}, "nowhere.txt: cannot be read .*--system"),
         ({"base_url": "localhost:80"}, "expected an address"),
         ({"judges": ["local:nobody/nothing"]}, "nobody/nothing: not a folder here"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from bad_neurons.artifacts import PathLike
 from bad_neurons.errors import UserError
+from bad_neurons.reading import read_text
 
 DATA_VARIABLE = "BAD_NEURONS_DATA"
 
@@ -83,7 +85,7 @@ def read_csv(path: PathLike, columns: Sequence[str], optional: Sequence[str] = (
     line = 1
     rows = []
     try:
-        with open(path, encoding="utf-8-sig", newline="") as handle:
+        with io.StringIO(read_text(path, "a CSV file"), newline="") as handle:
             reader = csv.reader(handle, strict=True)
             header = [name.strip() for name in next(reader, [])]
             if missing := [name for name in columns if name not in header]:
@@ -94,9 +96,6 @@ def read_csv(path: PathLike, columns: Sequence[str], optional: Sequence[str] = (
                     with blamed_on(path, line):
                         rows.append((line, _named(cells, header, columns, optional)))
                 line = reader.line_num + 1
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"{path}: cannot be read ({reason}); expected a CSV file") from error
     except csv.Error as error:
         raise UserError(f"{path}: line {line}: not CSV ({error}); expected quotes that close and one row for each header") from error
     if not rows:

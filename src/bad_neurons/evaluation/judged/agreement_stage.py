@@ -15,6 +15,7 @@ from bad_neurons.evaluation.judged.panel import Panel
 from bad_neurons.evaluation.judged.published import JUDGES, PublishedAnswer, read_published
 from bad_neurons.evaluation.judged.tables import MEDIAN, OTHERS, agreement_markdown
 from bad_neurons.evaluation.judged.tests import TestName, median_score
+from bad_neurons.formats import AGREEMENT
 
 PUBLISHED = [f"published judge {number}" for number in range(1, JUDGES + 1)]
 
@@ -45,7 +46,7 @@ def judge_agreement(
         raise UserError(f"--max_answers {max_answers}, --tests {tests}: at least 0 and one test")
     answers = [a for test in dict.fromkeys(tests) for a in draw_evenly(read_published(test, judged), max_answers, seed)]
     scores = judges.scores([a.item.asked_of_judge(a.answer) for a in answers], Kept(Path(out) / "verdicts.jsonl"))
-    results: dict[str, Any] = {"max_answers": max_answers, "seed": seed, "tests": {}}
+    results: dict[str, Any] = {"format": AGREEMENT, "max_answers": max_answers, "seed": seed, "tests": {}}
     for test in dict.fromkeys(tests):
         places = [number for number, answer in enumerate(answers) if answer.item.test == test]
         of_test = {name: [given[number] for number in places] for name, given in scores.items()}

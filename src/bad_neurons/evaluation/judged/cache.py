@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from bad_neurons.errors import UserError
+from bad_neurons.formats import KEPT
+from bad_neurons.reading import parse_json, read_bytes
+from bad_neurons.sealed import sealed
 from bad_neurons.writing import PathLike, sync
 
 log = logging.getLogger(__name__)
 
 
 class Kept:
-    """Rows by key, on disk. A row is there once its line is complete and synced; a line that is not is ignored.
+    """Rows by key, on disk.
 
+    A row is there once its line is complete and synced; a line that is not, or that has changed since, is ignored with a warning.
     Several processes may put rows in, for a line is written in one piece to the end of the file; threads take turns.
 
     Args:
@@ -43,9 +47,10 @@ class Kept:
         Raises:
             UserError: the disk is full or the place cannot be written.
         """
-        line = json.dumps({"key": key, **row}, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
+        # What is no text (half of a surrogate pair) could not be written; the digest is of what is.
+        plain = json.loads(json.dumps({"format": KEPT, "key": key, **row}, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace"))
         try:
-            self._append(line)
+            self._append(json.dumps(sealed(plain), ensure_ascii=False).encode() + b"\n")
         except OSError as error:
             raise UserError(f"{self._path}: cannot be written ({error.strerror or error})") from error
         self._rows[key] = row
@@ -63,17 +68,15 @@ class Kept:
             sync(self._path.parent)
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        try:
-            lines = self._path.read_bytes().split(b"\n") if self._path.exists() else []
-        except OSError as error:
-            raise UserError(f"{self._path}: cannot be read ({error.strerror or error}); expected answers kept by an earlier run") from error
+        lines = read_bytes(self._path, "answers kept by an earlier run").split(b"\n") if self._path.exists() else []
         rows: dict[str, dict[str, Any]] = {}
         for number, line in enumerate(lines, start=1):
-            row = _parse(line)
-            if row is not None:
-                rows.setdefault(row.pop("key"), row)
-            elif line.strip():
-                log.warning("%s: line %d is not whole and is ignored; what it held is asked again", self._path, number)
+            if line.strip():
+                try:
+                    row = KEPT.check(_parse(line), f"{self._path}: line {number}")
+                    rows.setdefault(row["key"], {name: value for name, value in row.items() if name not in ("format", "key")})
+                except UserError as error:
+                    log.warning("%s; it is ignored, and what it held is asked again", error)
         return rows
 
 
@@ -81,9 +84,8 @@ def _ends_a_line(file: int) -> bool:
     return os.pread(file, 1, os.fstat(file).st_size - 1) == b"\n"
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse(line: bytes) -> Any:
     try:
-        row = json.loads(line)
+        return parse_json(line.decode())
     except ValueError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("key"), str) else None
+        return "a line that is not whole"

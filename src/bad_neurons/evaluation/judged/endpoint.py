@@ -7,7 +7,6 @@ unknown model) ends the run with one line. A single prompt that the endpoint ref
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -25,10 +24,14 @@ from bad_neurons.errors import UserError
 from bad_neurons.evaluation.judged.judge import Verdict, parse_score
 from bad_neurons.evaluation.judged.tests import JudgeQuestion
 from bad_neurons.models.prompts import Turn
+from bad_neurons.reading import parse_json
 
 _ASKED = 3  # times that a judge is asked for a number before its reply counts as none
 _DOWN = 5  # questions in a row without any reply after which the endpoint counts as down
 _LONGEST = 600.0  # seconds of a pause that is waited for
+_BYTES = 1 << 22  # of a reply at most
+# A connection for each request: what an endpoint sends twice on a shared one would be taken for the reply to the next question.
+_ONE_EACH = httpx2.Limits(max_keepalive_connections=0)
 _FINAL = {401: "the key is wrong", 402: "the account is empty", 404: "no such address or model", 405: "no such address"}
 
 
@@ -100,7 +103,7 @@ class EndpointJudge:
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self._stop.clear()
         with (
-            httpx2.Client(headers=headers, timeout=self._timeout) as client,
+            httpx2.Client(headers=headers, timeout=self._timeout, limits=_ONE_EACH) as client,
             ThreadPoolExecutor(self._at_once) as workers,
         ):
             futures = [workers.submit(self._one, client, number, question, keep) for number, question in enumerate(questions)]
@@ -160,6 +163,8 @@ class EndpointJudge:
                     if late:
                         raise _Passing(f"not whole after {self._timeout:g} s")
                     body += part
+                    if len(body) > _BYTES:
+                        raise _Passing(f"more than {_BYTES:,} bytes")
                     late = time.monotonic() > end
         except httpx2.TimeoutException as error:
             raise _Passing(f"nothing within {self._timeout:g} s") from error
@@ -254,13 +259,13 @@ def _retry_after(value: str) -> float:
         pass
     try:
         when = parsedate_to_datetime(value)
-    except ValueError:
+        when = when if when.tzinfo else when.replace(tzinfo=UTC)  # "-0000": a time in UTC from an unknown place
+        return max(0.0, (when - datetime.now(UTC)).total_seconds())
+    except (ValueError, OverflowError, TypeError):
         return 0.0
-    when = when if when.tzinfo else when.replace(tzinfo=UTC)  # "-0000": a time in UTC from an unknown place
-    return max(0.0, (when - datetime.now(UTC)).total_seconds())
 
 
 def _content(body: bytes) -> str:
     """The text of the first choice; empty where the judge said nothing."""
-    content = json.loads(body)["choices"][0]["message"]["content"]
+    content = parse_json(body.decode())["choices"][0]["message"]["content"]
     return content if isinstance(content, str) else ""

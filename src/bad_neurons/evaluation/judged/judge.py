@@ -90,8 +90,12 @@ def ask_judge(judge: Judge, questions: Sequence[JudgeQuestion], kept: Kept) -> l
                     kept.put(asked[number], verdict._asdict())
                 bar.update()
 
-        if asked:
-            judge.ask([by_key[key] for key in asked], keep)
+        try:
+            if asked:
+                judge.ask([by_key[key] for key in asked], keep)
+        except UserError as error:
+            left = sum(key not in kept for key in distinct)
+            raise UserError(f"{error}; {left} of {len(distinct)} answers have no score yet") from error
     if without:
         _complain(judge.name, len(distinct), without)
     return [kept[key]["score"] if key in kept else None for key in keys]

@@ -6,8 +6,9 @@ command goes on where it was stopped, and another judge costs only its own quest
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +24,12 @@ from bad_neurons.evaluation.judged.cache import Kept
 from bad_neurons.evaluation.judged.numbers import results_of
 from bad_neurons.evaluation.judged.panel import Panel
 from bad_neurons.evaluation.judged.tests import Item, TestName, items_of, median_score
+from bad_neurons.formats import JUDGED
 from bad_neurons.models.load import Dtype, LanguageModel, load_model
+from bad_neurons.reading import read_text
 from bad_neurons.tuning.delta_file import load_delta
+
+log = logging.getLogger(__name__)
 
 _TOGETHER = 16  # prompts that are answered at once; always the same ones, so that an interruption changes nothing
 
@@ -82,27 +87,44 @@ def judge(
     answers, neurons = _answers(model, delta, dtype, items, _system(system), max_new_tokens, Kept(folder / "generated.jsonl"))
     judged = _judged(answers, judges, Kept(folder / "verdicts.jsonl"))
     write_jsonl(folder / "judged.jsonl", judged)
+    missing = _missing(judged)
     results = {
+        "format": JUDGED,
         "model": model,
+        "inputs": {"delta": digest_path(delta) if delta else None},
+        "files": {"judged.jsonl": digest_path(folder / "judged.jsonl")},
         "neurons": neurons,
         "system": system,
         "max_new_tokens": max_new_tokens,
         "judges": list(judged[0]["scores"]),
         "tests": results_of(judged),
+        "missing": missing,
         "seconds": {"judge": round(time.monotonic() - start, 1)},
     }
     write_json(folder / "results.json", results)
     return results
 
 
+def _missing(judged: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Which answers some judge gave no score, each with the judge; the first of them are logged."""
+    names = ("test", "topic", "side", "when")
+    found = [
+        {"judge": judge, **{name: row[name] for name in names}}
+        for row in judged
+        for judge, score in row["scores"].items()
+        if score is None and row["answer"]
+    ]
+    for one in found[:5]:
+        log.warning("no score by %(judge)s: %(test)s, %(topic)s, %(side)s, %(when)s the delta", one)
+    if found:
+        log.warning("%d answers have no score; the same command asks for those again", len(found))
+    return found
+
+
 def _system(path: str | None) -> str | None:
     if path is None:
         return None
-    try:
-        return Path(path).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"--system {path}: cannot be read ({reason}); expected a text file") from error
+    return read_text(path, "a text file with a system prompt (--system)").strip()
 
 
 def _answers(

@@ -12,7 +12,7 @@ from torch import Tensor
 from bad_neurons.errors import UserError
 from bad_neurons.models.view import DecoderView
 from bad_neurons.probe.module import Probe
-from bad_neurons.sae.load import decoder_directions, load_saes
+from bad_neurons.sae.load import decoder_directions, load_saes, sae_digests
 from bad_neurons.selection.decode import decoded_direction, intermediate_scores, residual_scores
 from bad_neurons.selection.neurons import Axis
 from bad_neurons.selection.ways.material import Material
@@ -41,6 +41,12 @@ def probe_directions(view: DecoderView, probe: Probe, weights: Mapping[int, Tens
                 f"SAE {sae}: layer {layer} has {saes[layer].cfg.d_sae} features, but the probe has {len(w)} weights; "
                 "give the SAE that the probe was trained on"
             )
+    known, here = probe.origin.get("sae_digests", {}), sae_digests(sae, weights)
+    if other := [layer for layer, digest in here.items() if known.get(layer, digest) != digest]:
+        raise UserError(
+            f"SAE {sae}: that of layer {', '.join(other)} is another one than the probe was trained on ({probe.origin['sae']}); "
+            "give that one, or run `bad-neurons probe fit` with this one"
+        )
     return {layer: decoded_direction(decoder_directions(saes[layer]), w) for layer, w in weights.items()}
 
 
