@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-from bad_neurons.checkpoint_io import WholeCheckpoints
 from bad_neurons.metrics_log import MetricsLog, row_of
 from bad_neurons.random_state import random_state, set_random_state
 
@@ -21,8 +19,7 @@ _KEY = "bad_neurons.exact_resume"
 class ExactResume(Callback):
     """Adds to every checkpoint what Lightning leaves out: the state of the random numbers, and the metrics up to there.
 
-    It also has checkpoints written whole (:class:`~bad_neurons.checkpoint_io.WholeCheckpoints`), where the strategy writes them in
-    Lightning's default way. The modules of this package bring it along for every Trainer.
+    The modules of this package bring it along for every Trainer.
     """
 
     def __init__(self) -> None:
@@ -30,8 +27,6 @@ class ExactResume(Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = WholeCheckpoints()
         if stage != "fit":  # what is measured afterwards goes below the metrics of the fit
             for log in _logs(trainer):
                 log.restore(log.path.read_text(encoding="utf-8") if log.path.is_file() else "")
@@ -64,7 +59,7 @@ def _logs(trainer: L.Trainer) -> list[MetricsLog]:
 def _unlogged(trainer: L.Trainer) -> list[dict[str, str]]:
     """The row of the batch behind which a checkpoint is being saved: Lightning logs it afterwards, and not again on going on."""
     loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
-    inside = loop.batch_progress.current.processed > loop.batch_progress.current.completed
+    inside = loop.batch_progress.current.processed > loop.batch_progress.current.completed  # type: ignore[attr-defined]
     if not inside or loop._should_accumulate() or not connector.should_update_logs:
         return []
     metrics = convert_tensors_to_scalars(connector.metrics["log"])

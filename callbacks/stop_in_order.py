@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning as L
 from bad_neurons.callbacks.mid_epoch_checkpoint import validation_follows
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from typing_extensions import override
 

@@ -1,4 +1,4 @@
-"""Lightning's checkpoints: sealed when they are saved, and read as data alone, never as code."""
+"""Lightning's checkpoints: whole or not there, sealed when they are saved, and read as data alone, never as code."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
 from bad_neurons.errors import UserError
 from bad_neurons.formats import CHECKPOINT
+from bad_neurons.writing import written_aside
 
 if TYPE_CHECKING:
     import lightning as L
@@ -23,12 +25,21 @@ _SEAL = "bad_neurons_seal"
 
 
 class SealedCheckpoints(TorchCheckpointIO):
-    """Saves a checkpoint with its format and a digest of all that it holds, and refuses one whose digest is another."""
+    """Saves a checkpoint with its format and a digest of all that it holds, and refuses one whose digest is another.
+
+    It is written beside its place, synced, and renamed. Lightning 2.6 writes it to the system's folder for temporary files and moves
+    it from there, which is a copy where that is another file system: a process killed in it leaves half a checkpoint in place of
+    the last good one.
+    """
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         seal = {"format": str(CHECKPOINT), "digest": digest_state(checkpoint)}
-        super().save_checkpoint({**checkpoint, _SEAL: seal}, path, storage_options)
+        if storage_options is not None or not _is_local_file_protocol(str(path)):
+            super().save_checkpoint({**checkpoint, _SEAL: seal}, path, storage_options)
+            return
+        with written_aside(path) as aside, open(aside, "wb") as handle:
+            torch.save({**checkpoint, _SEAL: seal}, handle)
 
     @override
     def load_checkpoint(self, path: Any, map_location: Any = lambda storage, location: storage, weights_only: bool | None = None) -> Any:
@@ -78,7 +89,7 @@ def _feed(digest: hashlib._Hash, value: Any) -> None:
     elif isinstance(value, Tensor):
         flat = value.detach().cpu().contiguous().reshape(-1)
         digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
     else:
         digest.update(repr(value).encode())
     digest.update(b"]")

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from bad_neurons.artifacts import digest_path, write_json, write_jsonl, write_tensors
-from bad_neurons.checkpoint_io import WholeCheckpoints
+from bad_neurons.checkpoints import SealedCheckpoints
 from bad_neurons.cli import main
 from bad_neurons.errors import UserError
 from bad_neurons.evaluation.judged.cache import Kept
@@ -96,7 +96,7 @@ WRITERS = {
     "json": lambda path: write_json(path, "x" * 300_000),
     "jsonl": lambda path: write_jsonl(path, [{"a": "x" * 300_000}]),
     "tensors": lambda path: write_tensors(path, {"a": torch.ones(100_000)}, {}),
-    "checkpoint": lambda path: WholeCheckpoints().save_checkpoint({"a": torch.ones(100_000)}, path),
+    "checkpoint": lambda path: SealedCheckpoints().save_checkpoint({"a": torch.ones(100_000)}, path),
     "model": lambda path: _save_large(path),
 }
 

@@ -88,8 +88,8 @@ class TuningBatch(NamedTuple):
 
 def no_batch() -> TuningBatch:
     """A batch of nothing, for a process for which none is left."""
-    none, ids = torch.zeros(0), torch.zeros(0, dtype=torch.long)
-    rows = Rows(*[torch.zeros(0, 0, dtype=torch.long)] * 4, branched=False)
+    none, ids, empty = torch.zeros(0), torch.zeros(0, dtype=torch.long), torch.zeros(0, 0, dtype=torch.long)
+    rows = Rows(empty, empty, empty, empty, branched=False)
     return TuningBatch(rows, ids, ids, none, none, none)
 
 
