@@ -104,7 +104,7 @@ class LinearProbe(L.LightningModule):
         self.results[side] = {name: float(value) for name, value in values.items()}
         self.results[side]["majority"] = float(torch.maximum(batch.y.mean(), 1 - batch.y.mean()))
         self.results[side]["examples"] = len(batch.y)
-        self.log_dict({f"{side}/{name}": value for name, value in self.results[side].items()}, prog_bar=False, batch_size=1)
+        self.log_dict({f"{side}/{name}": value for name, value in self.results[side].items()}, batch_size=1, sync_dist=True)
 
     @override
     def on_validation_end(self) -> None:
