@@ -45,6 +45,8 @@ def timeless(value: Any) -> Any:
 
 def content(path: Path) -> Any:
     """What is to be the same."""
+    if path.name == "cfg.json":  # of an SAE: what reads it takes the digest of its bytes
+        return path.read_bytes()
     if path.suffix in (".json", ".jsonl"):
         return [timeless(json.loads(line)) for line in ([path.read_text()] if path.suffix == ".json" else path.read_text().splitlines())]
     if path.suffix in (".csv", ".parquet"):
@@ -58,7 +60,9 @@ def content(path: Path) -> Any:
 
 
 def files(folder: Path) -> dict[str, Path]:
-    return {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file() and path.name not in OWN}
+    """By name; a comparison's cell without the digest in its name, which is that of the model's files' times as well."""
+    found = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file() and path.name not in OWN}
+    return {(n.with_name(n.name.rsplit("-", 1)[0]) if n.parent.name == "cells" else n).as_posix(): path for n, path in found.items()}
 
 
 def differing(one: Path, other: Path) -> list[str]:

@@ -5,6 +5,8 @@ Legend: d hidden size (the SAE's d_in), F SAE width (d_sae), B tokens of a batch
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -201,12 +203,14 @@ def save_sae(sae: Any, scale: float, folder: Path, origin: Mapping[str, str] | N
 
     Beside sae-lens' files lies ``seal.json`` with their digests, which loading checks, and ``origin``: digests of what it was made from.
     """
-    import copy
+    from sae_lens.constants import SAE_CFG_FILENAME
 
     plain = copy.deepcopy(sae).cpu().float()
     plain.fold_activation_norm_scaling_factor(scale)
     plain.fold_W_dec_norm()
     with written_aside(folder) as aside:
         plain.save_inference_model(aside)
+        config = aside / SAE_CFG_FILENAME  # sae-lens writes parts of it in the order of a set, which changes from process to process
+        config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")), indent=2, sort_keys=True), encoding="utf-8")
         files = {file.name: digest_path(file) for file in sorted(aside.iterdir())}
         write_json(aside / SEAL, {"format": SAE, "inputs": dict(origin or {}), "files": files})
