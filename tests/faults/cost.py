@@ -39,12 +39,10 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
-    folder = parser.parse_args().run.resolve()
-    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
-        text = (folder / "tuning" / "config.yaml").read_text().replace(str(folder / "tuning"), place)
-        config = yaml.safe_load(text)
-        for path in (config["delta"]["path"], config["trainer"]["default_root_dir"]):
-            assert str(path).startswith(place), f"{path}: run it with an absolute --out"
+    config = (parser.parse_args().run / "tuning" / "config.yaml").read_text()
+    tuned = Path(yaml.safe_load(config)["delta"]["path"]).parent
+    with tempfile.TemporaryDirectory(dir=tuned.parent) as place:
+        text = config.replace(str(tuned), place)
         (Path(place) / "config.yaml").write_text(text)
         spent: list[float] = []
         os.fsync, os.replace = timed(os.fsync, spent), timed(os.replace, spent)
