@@ -87,8 +87,8 @@ class TuningBatch(NamedTuple):
 def no_batch() -> TuningBatch:
     """A batch of nothing, for a process for which none is left."""
     none, ids = torch.zeros(0), torch.zeros(0, dtype=torch.long)
-    rows = Rows(*[torch.zeros(0, 0, dtype=torch.long)] * 4, branched=False)
-    return TuningBatch(rows, ids, ids, none, none, none)
+    table = torch.zeros(0, 0, dtype=torch.long)
+    return TuningBatch(Rows(table, table, table, table, branched=False), ids, ids, none, none, none)
 
 
 def _idle(batches: Sequence[TuningBatch], target: Target) -> TuningBatch:

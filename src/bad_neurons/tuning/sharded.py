@@ -57,5 +57,5 @@ def shard_frozen(module: NeuronTuner, device: torch.device) -> None:
         if not isinstance(layer, FSDPModule):
             fully_shard(layer, mesh=mesh)
     frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
-    module._ddp_params_and_buffers_to_ignore = frozen
+    module._ddp_params_and_buffers_to_ignore = frozen  # type: ignore[assignment]
     module.clean_cache = CleanCache(0, None, module.clean_cache.origin)  # a hit on one process alone would leave the others waiting
