@@ -139,7 +139,8 @@ class Evil:
 
 
 STATE = {
-    "state_dict": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}, "epoch": 3, "loops": {"x": [1, 2.5, None, "y"]},
+    "state_dict": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}, "epoch": 3,
+    "loops": {"x": [1, 2.5, None, "y"]},
     "optimizer_states": [OrderedDict(state={0: {"exp_avg": torch.zeros(0, 4), "step": torch.tensor(3.0)}})],
 }  # fmt: skip
 
