@@ -13,7 +13,7 @@ import platform
 import sys
 import time
 from argparse import ArgumentParser
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -109,7 +109,7 @@ def run_stage(stage: Stage, folder: Path, force: bool) -> tuple[float, bool]:
     start = time.monotonic()
     _call(stage, folder, resume=interrupted and stage.resume is not None and stage.resume.is_file())
     seconds = round(time.monotonic() - start, 1)
-    outputs = {path.name: digest_path(path) for path in stage.outputs}
+    outputs = [digest_path(path) for path in stage.outputs]
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(stamp, {"format": STAGE, "key": key, "seconds": seconds, "finished": finished, "outputs": outputs})
     _clear(stage, folder)
@@ -141,10 +141,10 @@ def _trusted(path: Path, form: Format) -> Config:
     return found
 
 
-def _unchanged(stage: Stage, outputs: Mapping[str, str]) -> bool:
+def _unchanged(stage: Stage, outputs: Sequence[str]) -> bool:
     """Whether what a stage wrote is there as it was written."""
-    for path in stage.outputs:
-        if path.is_file() and digest_path(path) != outputs.get(path.name):
+    for path, digest in zip(stage.outputs, outputs, strict=True):
+        if path.is_file() and digest_path(path) != digest:
             log.warning("%s: damaged or changed since the stage wrote it; the stage runs again", path)
             return False
     return all(path.is_file() for path in stage.outputs)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 
 import pytest
 import torch
 
-from bad_neurons.artifacts import write_jsonl
+from bad_neurons.artifacts import digest_path, read_json, write_jsonl
 from bad_neurons.data.records import read_jsonl_rows, record_to_json
 from bad_neurons.data.splits import split_by_topic
 from bad_neurons.data.text import load_paragraphs
@@ -17,6 +16,8 @@ from bad_neurons.errors import UserError
 from bad_neurons.evaluation.evaluate import evaluate, suite_name
 from bad_neurons.evaluation.side_effects import side_effects
 from bad_neurons.evaluation.suites import score_items
+from bad_neurons.formats import RESULTS
+from bad_neurons.models.load import load_model
 from bad_neurons.models.view import view_decoder
 from bad_neurons.tuning.delta_file import load_delta, write_delta
 from bad_neurons.tuning.edits import NeuronDelta
@@ -69,8 +70,10 @@ def no_data_folder(monkeypatch):
 
 def test_results_have_the_shape_of_the_contract(measure, delta, tiny_folder, tmp_path):
     results = measure(delta=delta)
-    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
-    assert set(results) == {"model", "neurons", "suites", "side_effects", "seconds"}
+    assert read_json(tmp_path / "out" / "results.json", RESULTS) == results
+    assert set(results) == {"format", "inputs", "files", "model", "neurons", "suites", "side_effects", "seconds"}
+    assert results["inputs"] == {"model": load_model(tiny_folder(), "float32").digest, "delta": digest_path(delta)}
+    assert results["files"] == {"items.jsonl": digest_path(tmp_path / "out" / "items.jsonl")}
     assert results["model"] == tiny_folder()
     assert results["neurons"] == {"axis": "intermediate", "count": 4, "share": 4 / (4 * 24), "layers": {"1": 3, "3": 1}}
     assert {name: list(sides) for name, sides in results["suites"].items()} == {"own": ["before", "after"]}

@@ -77,6 +77,7 @@ def ran(dom: str) -> bool:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore:constrained_layout not applied")  # names as long as these leave no room for a plot
 def test_nothing_runs_in_a_browser(tmp_path, monkeypatch):
     run = hostile_run(tmp_path / "run")
     dom = opened(write_report(run), tmp_path)

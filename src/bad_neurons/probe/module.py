@@ -22,6 +22,7 @@ from bad_neurons.checkpoints import seal_checkpoints
 from bad_neurons.errors import UserError
 from bad_neurons.formats import PROBE, PROBE_METRICS
 from bad_neurons.probe.data import ProbeBatch, ProbeDataModule
+from bad_neurons.sealed import digest_tensors
 
 
 class LinearProbe(L.LightningModule):
@@ -153,6 +154,13 @@ class Probe(NamedTuple):
     weights: dict[int, Tensor]
     bias: float
     origin: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Fingerprint of the weights and of what they were trained on, wherever that lies."""
+        places = {"sae": None, "model": self.origin["model"]["digest"]}
+        tensors = {str(layer): w for layer, w in self.weights.items()}
+        return digest_tensors(tensors, {**self.origin, **places, "bias": self.bias})
 
 
 def write_probe(path: PathLike, weights: Mapping[int, Tensor], bias: float, origin: Mapping[str, Any]) -> None:

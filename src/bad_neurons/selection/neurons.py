@@ -28,7 +28,7 @@ class NeuronSelection:
         model_digest: fingerprint of its weights, see :func:`bad_neurons.models.load.model_digest`.
         rule: how they were chosen.
         scores: score of each chosen index, by layer, in the order of ``layers``.
-        inputs: digests of the files that they were chosen by, by name.
+        inputs: digests of the probe and of the other choice that they were made by, where there are such.
     """
 
     axis: Axis

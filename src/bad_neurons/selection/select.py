@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from bad_neurons.artifacts import digest_path
 from bad_neurons.data.records import Record
 from bad_neurons.data.splits import load_split
 from bad_neurons.data.text import load_paragraphs
@@ -109,8 +108,8 @@ def select(
     )
     said = about(material, way) | ({"like": like} if like else {})
     selection = choose(scores_of(material, way), rule, amount, lm, axis, counts, said)
-    read = {"probe": probe if trained else None, "like": like}
-    selection = replace(selection, inputs={name: digest_path(path) for name, path in read.items() if path})
+    read = {"probe": trained.digest if trained else None, "like": read_neurons(like).digest if like else None}
+    selection = replace(selection, inputs={name: digest for name, digest in read.items() if digest})
     write_neurons(Path(out) / "neurons.json", selection)
     if way == "probe" and trained:
         from bad_neurons.report.plots import plot_weights  # matplotlib takes a second to import

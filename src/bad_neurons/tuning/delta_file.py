@@ -35,7 +35,7 @@ class DeltaFile(NamedTuple):
 def write_delta(path: PathLike, selection: NeuronSelection, deltas: Mapping[str, Tensor]) -> None:
     """Write ``delta.safetensors``."""
     content = selection.to_json()
-    del content["scores"]  # neurons.json keeps them; the indices suffice here
+    del content["scores"], content["inputs"]  # neurons.json keeps them; the indices suffice here
     write_tensors(path, deltas, {"format": DELTA, "selection": content})
 
 

@@ -13,12 +13,14 @@ import pytest
 import torch
 import yaml
 
+from bad_neurons.artifacts import read_json
 from bad_neurons.cli import main
 from bad_neurons.errors import UserError
 from bad_neurons.evaluation.bootstrap import estimate
 from bad_neurons.evaluation.generate import greedy_answers
 from bad_neurons.evaluation.judged.stage import judge
 from bad_neurons.evaluation.judged.tests import Item, items_of
+from bad_neurons.formats import JUDGED
 from bad_neurons.models.view import view_decoder
 from bad_neurons.tuning.delta_file import load_delta, write_delta
 from bad_neurons.tuning.edits import NeuronDelta
@@ -74,7 +76,8 @@ def judged(options):
 
 def test_answers_are_the_models_and_numbers_are_those_of_the_scores(options, endpoint, delta, tiny, tmp_path):
     results = judge(**options, delta=delta)
-    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    assert read_json(tmp_path / "out" / "results.json", JUDGED) == results
+    assert results["missing"] == []
     assert list(results["tests"]) == list(ROWS)
     assert results["judges"] == ["m"]
     assert results["neurons"]["count"] == 4
@@ -296,3 +299,17 @@ def test_the_key_cannot_be_typed(options, tmp_path, capfd):
     (tmp_path / "judge.yaml").write_text(yaml.safe_dump({**options, "api_key": "sk-not-to-be-seen"}))
     assert main(["judge", "--config", str(tmp_path / "judge.yaml")]) == 2
     assert "api_key" in capfd.readouterr().err
+
+
+def test_answers_without_a_score_are_named(options, endpoint, caplog):
+    endpoint.act = lambda asked, number: "nothing to say" if "Tea 2 speaks" in asked.first else "1"
+    with caplog.at_level("WARNING"):
+        results = judge(**options, tests=["delusion"])
+    assert [(one["judge"], one["test"], one["topic"], one["when"]) for one in results["missing"]] == [
+        ("m", "delusion", "Tea 2 speaks to me.", "before")
+    ]
+    assert "no score by m: delusion, Tea 2 speaks to me., only, before the delta" in caplog.text
+    before = len(endpoint.asked)
+    endpoint.act = lambda asked, number: "2"
+    assert judge(**options, tests=["delusion"])["missing"] == []
+    assert len(endpoint.asked) == before + 1
