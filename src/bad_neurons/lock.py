@@ -64,7 +64,8 @@ def _locked(folder: Path) -> int | None:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                return _refuse(handle, folder, error)
+                _refuse(handle, folder, error)
+                return None
             if _is_it(handle, path):
                 os.truncate(handle, 0)
                 os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
