@@ -182,7 +182,7 @@ def test_full_disk_keeps_the_old_delta(made, tmp_path, capsys, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("bad_neurons.artifacts.os.fsync", full)
+    monkeypatch.setattr("bad_neurons.writing.os.fsync", full)
     tune = [
         "tune",
         "fit",

@@ -45,7 +45,6 @@ def fill_shards(
     for number in tqdm(rank.share(range(count)), desc=what, unit="shard", disable=rank.number > 0):
         if not is_whole(paths[number], SHARD, key):
             write_tensors(paths[number], compute(number), {"format": SHARD, "key": key})
-    rank.wait()
     if rank.number == 0:
         for stale in set(folder.glob(f"{name}-*.safetensors")) - set(paths):
             stale.unlink()

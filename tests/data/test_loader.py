@@ -10,7 +10,11 @@ from bad_neurons.data.loader import EpochOrder, ResumableLoader
 
 
 def loader(count=7, seed=3):
-    return ResumableLoader(list(range(count)), batch_size=None, sampler=EpochOrder(range(count), seed))
+    return ResumableLoader(range(count), EpochOrder(range(count), seed))
+
+
+def at(epoch, read, count=7):
+    return {"epoch": epoch, "read": read, "batches": count, "processes": 1}
 
 
 def test_an_order_of_each_epoch():
@@ -31,19 +35,19 @@ def test_going_on_reads_what_is_left():
             one.sampler.set_epoch(epoch)
         expected = list(whole)
         assert list(itertools.islice(cut, read)) == expected[:read]
-        assert cut.state_dict() == {"epoch": epoch, "read": read}
+        assert cut.state_dict() == at(epoch, read)
         resumed.load_state_dict(cut.state_dict())
         assert resumed.state_dict() == cut.state_dict()  # also before it goes on
         assert list(resumed) == expected[read:]
-        assert resumed.state_dict() == {"epoch": epoch, "read": 7}
+        assert resumed.state_dict() == at(epoch, 7)
 
 
 def test_another_epoch_is_read_from_its_beginning():
     one = loader()
-    one.load_state_dict({"epoch": 0, "read": 5})
+    one.load_state_dict(at(0, 5))
     one.sampler.set_epoch(1)
     assert len(list(one)) == 7
-    one.load_state_dict({"epoch": 1, "read": 4})
+    one.load_state_dict(at(1, 4))
     iterator = iter(one)  # Lightning makes it before it tells the epoch
     one.sampler.set_epoch(2)
     assert len(list(iterator)) == 7

@@ -45,6 +45,7 @@ import bad_neurons.selection.select
 import bad_neurons.stages
 import bad_neurons.tuning.module
 from bad_neurons import callbacks  # noqa: F401
+from bad_neurons.artifacts import digest_path, read_json, write_json
 from bad_neurons.cli import main as command_line
 from bad_neurons.report.html import write_report
 from helpers import tiny_run_config
@@ -272,9 +273,11 @@ def differences(reference: Path, run: Path) -> list[str]:
 
 
 def _without_time(run: Path) -> None:
-    for path in (*run.glob("*/stage.json"), run / "evaluation" / "results.json", run / "results.json"):
-        content = json.loads(path.read_text())
-        path.write_text(json.dumps({key: value for key, value in content.items() if key not in _OF_TIME}))
+    for path in (run / "evaluation" / "results.json", run / "results.json", *run.glob("*/stage.json")):
+        content = {key: value for key, value in read_json(path, "a run's results").items() if key not in _OF_TIME}
+        if path.parent.name == "evaluation" and "outputs" in content:
+            content["outputs"] = [digest_path(path.parent / "results.json")]  # which had a time in it
+        write_json(path, content)
     write_report(run)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from bad_neurons.artifacts import read_json
 from bad_neurons.data.splits import load_split
 from bad_neurons.data.text import load_paragraphs
 from bad_neurons.data.tuning import draw_evenly
@@ -48,7 +49,7 @@ def stage(tiny, tiny_folder, tmp_path):
             found = select(
                 **{"model": self.model, "probe": str(self.probe), "sae": self.sae, "out": str(self.out), "dtype": "float32", **options}
             )
-            assert json.loads((self.out / "neurons.json").read_text()) == found.to_json()
+            assert read_json(self.out / "neurons.json", "neurons") == found.to_json()
             return found
 
     return Stage()
