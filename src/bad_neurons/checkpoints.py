@@ -78,7 +78,7 @@ def _feed(digest: hashlib._Hash, value: Any) -> None:
     elif isinstance(value, Tensor):
         flat = value.detach().cpu().contiguous().reshape(-1)
         digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
     else:
         digest.update(repr(value).encode())
     digest.update(b"]")
