@@ -88,7 +88,7 @@ class Ground:
         write_delta(self.delta, chosen, {name: 0.1 * torch.randn(value.shape, generator=generator) for name, value in zeros.items()})
         origin = {
             "model": {"id": "tiny", "digest": lm.digest}, "features": "sae", "layers": LAYERS, "widths": [32, 32], "pool": "max",
-            "tokens": "answer", "sae": self.sae, "sae_digests": sae_digests(self.sae, LAYERS),
+            "tokens": "answer", "sae": "sae", "sae_digests": sae_digests(self.sae, LAYERS),
         }  # fmt: skip
         write_probe(self.probe, {layer: torch.randn(32, generator=generator) for layer in LAYERS}, 0.1, origin)
 
