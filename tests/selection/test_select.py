@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from bad_neurons.artifacts import read_json
 from bad_neurons.data.splits import load_split
 from bad_neurons.data.text import load_paragraphs
 from bad_neurons.data.tuning import draw_evenly
 from bad_neurons.errors import UserError
+from bad_neurons.formats import NEURONS
 from bad_neurons.models.load import load_model
 from bad_neurons.probe.module import write_probe
 from bad_neurons.selection.neurons import write_neurons
@@ -48,7 +50,7 @@ def stage(tiny, tiny_folder, tmp_path):
             found = select(
                 **{"model": self.model, "probe": str(self.probe), "sae": self.sae, "out": str(self.out), "dtype": "float32", **options}
             )
-            assert json.loads((self.out / "neurons.json").read_text()) == found.to_json()
+            assert read_json(self.out / "neurons.json", NEURONS) == found.to_json()
             return found
 
     return Stage()
