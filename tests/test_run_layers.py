@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bad_neurons.artifacts import write_json
 from bad_neurons.cli import main
 from bad_neurons.errors import UserError
+from bad_neurons.formats import LAYERS
 from bad_neurons.plan import plan, read_run_config
 from bad_neurons.run_layers import LayerChoice, check_layers, share_of_layers
 from helpers import tiny_run_config, write_records
@@ -81,9 +83,9 @@ def test_greedy_layers_come_from_the_file(tmp_path):
     greedy = choice({"greedy": None}, tmp_path)
     with pytest.raises(UserError, match=r"layers\.json: cannot be read"):
         _ = greedy.layers
-    (tmp_path / "layers.json").write_text('{"order": [7, 2], "chosen": [2, 7]}')
+    write_json(tmp_path / "layers.json", {"format": LAYERS, "order": [7, 2], "chosen": [2, 7]})
     assert greedy.layers == [2, 7]
-    (tmp_path / "layers.json").write_text('{"order": [], "chosen": []}')
+    write_json(tmp_path / "layers.json", {"format": LAYERS, "order": [], "chosen": []})
     with pytest.raises(UserError, match="no layer tells the answers apart better than none does; name some"):
         _ = greedy.layers
 
@@ -112,8 +114,7 @@ def stages(folder, **changes):
     """The plan of a tiny run, whose `layers.json` says 1 and 2, stage by stage."""
     config = read_run_config(tiny_run_config(folder, **changes))
     chosen = folder / "run" / "layers" / "layers.json"
-    chosen.parent.mkdir(parents=True)
-    chosen.write_text('{"chosen": [1, 2]}')
+    write_json(chosen, {"format": LAYERS, "chosen": [1, 2]})
     return {name: make() for name, make in plan(config, folder / "run").items()}
 
 

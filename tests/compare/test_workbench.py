@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from bad_neurons.artifacts import read_json
 from bad_neurons.compare import command
 from bad_neurons.compare.command import run_cells
 from bad_neurons.compare.setting import Setting, cells_of
 from bad_neurons.compare.workbench import Workbench
 from bad_neurons.data.splits import load_split
 from bad_neurons.errors import UserError
+from bad_neurons.formats import CELL
 from bad_neurons.models.prompts import tokenize
 from bad_neurons.tuning.delta_file import merge_delta, write_delta
 from helpers import write_records
@@ -55,7 +56,7 @@ def untimed(result):
 
 
 def kept(folder):
-    return {path.name: untimed(json.loads(path.read_text())) for path in folder.iterdir()}
+    return {path.name: untimed(read_json(path, CELL)) for path in folder.iterdir()}
 
 
 def test_every_method_with_every_seed_and_number_of_examples():

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from torchmetrics.functional.classification import binary_auroc
 
+from bad_neurons.artifacts import read_json
 from bad_neurons.cli import main
 from bad_neurons.data.readers import load_records
+from bad_neurons.formats import PROBES
 from bad_neurons.models.prompts import tokenize
 from bad_neurons.models.view import view_decoder
 from bad_neurons.probe.divide import divide
@@ -38,7 +39,7 @@ def made(tiny_folder, tmp_path_factory):
 
 
 def read(folder: Path) -> dict:
-    return json.loads((folder / "probes.json").read_text(encoding="utf-8"))
+    return read_json(folder / "probes.json", PROBES)
 
 
 def test_every_probe_is_there(made):

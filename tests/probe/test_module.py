@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
@@ -161,7 +160,7 @@ def test_without_a_saved_probe_there_is_nothing_to_validate(features, given_feat
 def test_validating_keeps_the_numbers_of_the_fit(fit, features, given_features, trainer):
     module = fit()
     trainer().test(LinearProbe(str(module.out)), given_features(features, LAYERS, WIDTHS), verbose=False)
-    stored = json.loads((module.out / "metrics.json").read_text())
+    stored = read_json(module.out / "metrics.json", PROBE_METRICS)
     assert stored["fit"] == module.results["fit"]
     assert stored["validation"] == module.results["validation"]
     assert stored["test"]["examples"] == 30

@@ -14,6 +14,7 @@ from bad_neurons.data.splits import load_split
 from bad_neurons.data.text import load_paragraphs
 from bad_neurons.data.tuning import draw_evenly
 from bad_neurons.errors import UserError
+from bad_neurons.formats import NEURONS
 from bad_neurons.models.load import load_model
 from bad_neurons.probe.module import write_probe
 from bad_neurons.selection.neurons import write_neurons
@@ -49,7 +50,7 @@ def stage(tiny, tiny_folder, tmp_path):
             found = select(
                 **{"model": self.model, "probe": str(self.probe), "sae": self.sae, "out": str(self.out), "dtype": "float32", **options}
             )
-            assert read_json(self.out / "neurons.json", "neurons") == found.to_json()
+            assert read_json(self.out / "neurons.json", NEURONS) == found.to_json()
             return found
 
     return Stage()

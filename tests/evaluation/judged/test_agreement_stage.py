@@ -12,6 +12,7 @@ from bad_neurons.cli import main
 from bad_neurons.errors import UserError
 from bad_neurons.evaluation.judged.agreement_stage import judge_agreement
 from bad_neurons.evaluation.judged.tables import agreement_markdown
+from bad_neurons.formats import AGREEMENT
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def options(judged, endpoint, tmp_path):
 
 def test_a_judge_that_agrees(options, endpoint, tmp_path):
     results = judge_agreement(**options)
-    assert read_json(tmp_path / "out" / "agreement.json", "agreement") == results
+    assert read_json(tmp_path / "out" / "agreement.json", AGREEMENT) == results
     found = results["tests"]["delusion"]
     assert (found["answers"], found["questions"], found["models"]) == (10, 5, 2)
     of_judge = found["judges"]["perfect"]
