@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors import safe_open
 
+from bad_neurons.artifacts import write_json
 from bad_neurons.cli import main
 from bad_neurons.plan import plan, read_run_config
 from bad_neurons.run import stage_key
@@ -210,7 +211,7 @@ def rename_paths(run: Path, old: str, new: str) -> None:
         stamp = run / stage.name / "stage.json"
         content = read(stamp)
         content["key"] = module.stage_key(stage)
-        stamp.write_text(json.dumps(content))
+        write_json(stamp, content)
         config = run / stage.name / "config.yaml"
         config.write_text(config.read_text().replace(old, new))
 
