@@ -31,9 +31,8 @@ def read_cell(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        found: dict[str, Any] = read_json(path, "result of a cell")
-        # One from before cells had a format has no digest either; of one that is damaged at least one of the two is left.
-        if "format" in found and read_json(path, CELL)["key"] != path.stem:
+        found: dict[str, Any] = read_json(path, CELL)
+        if found["key"] != path.stem:
             raise UserError(f"{path}: the result of another cell")
         return found
     except UserError as error:
