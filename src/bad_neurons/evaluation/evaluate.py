@@ -101,8 +101,10 @@ def evaluate(
         if answers:
             write_jsonl(Path(out) / "answers.jsonl", texts)
         write_jsonl(Path(out) / "items.jsonl", _item_rows(items))
-        written = ("items.jsonl", "answers.jsonl") if answers else ("items.jsonl",)
-        results["files"] = {name: digest_path(Path(out) / name) for name in written}
+    rank.wait()
+    written = ("items.jsonl", "answers.jsonl") if answers else ("items.jsonl",)
+    results["files"] = {name: digest_path(Path(out) / name) for name in written}
+    if rank.number == 0:
         write_json(Path(out) / "results.json", results)
     rank.wait()
     return results
