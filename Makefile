@@ -21,7 +21,7 @@ test: check
 FAULTS ?= --kills 100
 
 faults: install
-	$(BIN)/python tests/faults/kills.py $(FAULTS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python tests/faults/kills.py $(FAULTS)
 
 bench: install
 	@test -n "$$BAD_NEURONS_DATA" || { echo "make bench: set BAD_NEURONS_DATA to the folder with anthropic-sycophancy/*.jsonl"; exit 2; }
