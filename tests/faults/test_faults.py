@@ -32,7 +32,8 @@ from bad_neurons.writing import written_aside
 def test_kills_at_random(tmp_path):
     """The script of `make faults`, at its smallest."""
     command = [sys.executable, str(Path(__file__).with_name("kills.py")), "--kills", "6", "--seed", "1", "--work", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # as in the Makefile: it forks
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=one_thread)
     assert "6 of 6 kills ended with the same bits" in done.stdout, done.stdout + done.stderr
     assert done.returncode == 0
 
