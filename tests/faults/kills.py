@@ -136,6 +136,7 @@ def start(config: Path, log: Path, count: Path | None = None, kill: tuple[str, i
     code = 70
     try:
         os.setsid()
+        torch.set_num_threads(1)  # makes torch's thread pool anew, which it does behind a fork, but not if several threads ask at once
         for stream in (1, 2):
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
         counts = _watch_writes(kill, random.Random(seed))
