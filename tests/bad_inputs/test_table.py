@@ -50,7 +50,6 @@ def test_the_page_says_the_same(answered):
 
 
 def _settled(line: str) -> str:
-    """A row without what other libraries say in brackets, which changes with their versions, and without the size of the first
-    of several tensors that did not fit: threads load them."""
-    line = re.sub(r"\b\d{11,}\b", "many", line)
+    """A row without what other libraries say in brackets: their words change with their versions."""
+    line = re.sub(r"\b\d{11,}\b", "many", line)  # bytes of the first tensor that did not fit: threads load them in any order
     return re.sub(r"\((?:\w+Error|\w+Exception)?: .*", "", line) if "model folder" in line or "SAE folder" in line else line
