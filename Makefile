@@ -1,4 +1,4 @@
-# make demo   the whole method on the packaged Gemma 3 270M, into runs/quickstart/
+# make demo   the packaged Gemma 3 270M corrected and measured as recommended, into runs/quickstart/
 # make test   lint, types, tests
 # make bench  everybody beside everybody else on two cores; needs BAD_NEURONS_DATA (see benchmarks/README.md)
 # make faults runs that are killed a hundred times, anywhere; FAULTS='--kills 10 --model packaged:gemma-3-270m' on the packaged Gemma

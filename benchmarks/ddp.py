@@ -137,7 +137,7 @@ def tune(folder: Path, out: str, epochs: int = 2, resume: str | None = None, cut
         ``steps`` (the logged means of each), ``held_out`` (those of validation and test), ``deltas``, ``batches``.
     """
     import lightning as L
-    from bad_neurons.callbacks import DeltaCheckpoint, GradientMask
+    from bad_neurons.callbacks import DeltaCheckpoint, FrozenAudit, GradientMask, NumberGuard
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
     from bad_neurons.data.tuning import SycophancyDataModule
@@ -173,10 +173,11 @@ def tune(folder: Path, out: str, epochs: int = 2, resume: str | None = None, cut
         ModelCheckpoint(place, "{step}", save_top_k=-1, every_n_train_steps=3),
         ModelCheckpoint(place, "end-{epoch}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True),
     ]
+    mask = GradientMask(str(folder / "neurons.json"))
     trainer = L.Trainer(
         accelerator="cpu", devices=world, max_epochs=epochs, gradient_clip_val=1.0, logger=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, log_every_n_steps=1, default_root_dir=folder, **trainer_options,
-        callbacks=[GradientMask(str(folder / "neurons.json")), DeltaCheckpoint(str(place / "delta.safetensors")), steps, *keep],
+        callbacks=[mask, FrozenAudit(every_n_steps=1), NumberGuard(), DeltaCheckpoint(str(place / "delta.safetensors")), steps, *keep],
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=resume)
     held_out = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")}

@@ -8,6 +8,8 @@ import ddp
 import pytest
 from ddp import difference, in_world
 
+from rank_work import moved_in_a_divided_layer
+
 pytestmark = pytest.mark.ddp
 
 
@@ -101,3 +103,8 @@ def test_a_model_divided_over_two_processes_learns_the_same(folder):
             assert difference(found[name]["deltas"], found["whole"]["deltas"]) < 1e-6
     files = [(folder / f"sharded-{name}" / "delta.safetensors").stat().st_size for name in ("plain", "whole")]
     assert files[0] == files[1]
+
+
+def test_a_bit_that_moves_in_a_divided_layer_is_seen_where_it_is():
+    found = [rank["value"] for rank in in_world(2, moved_in_a_divided_layer)]
+    assert found == [[[], []], [[], ["1.weight"]]]

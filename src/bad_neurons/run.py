@@ -101,11 +101,11 @@ def run_stage(stage: Stage, folder: Path, force: bool) -> tuple[float, bool]:
         log.info("%-15s unchanged, skipped (took %.0f s when it ran)", stage.name, done["seconds"])
         return float(done["seconds"]), False
     log.info("%-15s runs: bad-neurons %s", stage.name, " ".join(stage.command))
-    interrupted = not stamp.is_file() and started.is_file() and read_json(started, "started.json").get("key") == key
+    interrupted = not stamp.is_file() and _trusted(started, STAGE).get("key") == key
     remove(stamp)  # what it vouches for is about to change
     if not interrupted:
         _forget_checkpoints(stage, folder)  # of another configuration, or of a fit that ended
-    write_json(started, {"key": key})
+    write_json(started, {"format": STAGE, "key": key})
     start = time.monotonic()
     _call(stage, folder, resume=interrupted and stage.resume is not None and stage.resume.is_file())
     seconds = round(time.monotonic() - start, 1)

@@ -83,7 +83,7 @@ def remove(path: PathLike) -> None:
 def sweep(folder: Path) -> None:
     """Remove what killed writers left below a folder. A writer that lives keeps its own, and so does one on another machine."""
     for path in sorted(folder.rglob(".*")):
-        if (found := _PARTIAL.fullmatch(path.name)) and found["host"] == platform.node() and not _lives(int(found["pid"])):
+        if (found := _PARTIAL.fullmatch(path.name)) and found["host"] == platform.node() and not lives(int(found["pid"])):
             _remove(path)
 
 
@@ -91,7 +91,8 @@ def _beside(final: Path, what: str) -> Path:
     return final.with_name(f".{final.name}.{what}-{platform.node()}-{os.getpid()}")
 
 
-def _lives(pid: int) -> bool:
+def lives(pid: int) -> bool:
+    """Whether there is a process of that number on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

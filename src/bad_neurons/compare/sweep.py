@@ -29,6 +29,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from bad_neurons.artifacts import written_aside
 from bad_neurons.errors import UserError
+from bad_neurons.writing import lives
 
 Options = dict[str, Any]
 Objective = Callable[[Options], Mapping[str, float]]
@@ -184,13 +185,7 @@ class Sweep:
 
 def _works(pid: int) -> bool:
     """Whether a process may be working on a trial: it lives, and is not this one, which is not yet."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()
+    return lives(pid) and pid != os.getpid()
 
 
 def write_results(sweep: Sweep) -> None:

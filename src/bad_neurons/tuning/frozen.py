@@ -7,6 +7,8 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from bad_neurons.tuning.checksum import checksum
 from bad_neurons.tuning.edits import Edit, MaskedMatrices
@@ -17,13 +19,17 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # b
 def frozen_tensors(module: nn.Module, edit: Edit) -> Iterator[tuple[str, Tensor]]:
     """Names and values of all parameters and buffers of ``module`` that ``edit`` may not change.
 
-    Of a matrix that is trained under a mask it is the matrix with zeros in the chosen rows or columns.
+    Of a matrix that is trained under a mask it is the matrix with zeros in the chosen rows or columns; of one that is divided over
+    processes (FSDP2), the part of this one.
     """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()  # a layer that has just run may hold the whole weights, which are other tensors
     learned = {id(parameter) for parameter in edit.trainable()}
     chosen = {id(weight): part for weight, part in edit.chosen().items()} if isinstance(edit, MaskedMatrices) else {}
     for name, tensor in chain(module.named_parameters(), module.named_buffers()):
         if id(tensor) not in learned:
-            yield name, tensor
+            yield name, tensor.to_local() if isinstance(tensor, DTensor) else tensor
         elif id(tensor) in chosen:
             dim, index = chosen[id(tensor)]
             yield f"{name} (outside the chosen {('rows', 'columns')[dim]})", _without(tensor, dim, index)
