@@ -13,12 +13,13 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from bad_neurons.callbacks import GradientMask, MidEpochCheckpoint
+from bad_neurons.callbacks import GradientMask, MidEpochCheckpoint, NumberGuard
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from bad_neurons.artifacts import write_jsonl
 from bad_neurons.data.tuning import SycophancyDataModule
+from bad_neurons.errors import RunError
 from bad_neurons.metrics_log import MetricsLog
 from bad_neurons.stopping import Stopped
 
@@ -70,6 +71,17 @@ class Signal(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.current_epoch * BATCHES + batch_idx + 1 == self.number:
             os.kill(os.getpid(), self.signum)
+
+
+class Spoil(Callback):
+    """Puts a NaN into the gradient of the n-th batch of all."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def on_after_backward(self, trainer, pl_module):
+        if trainer.current_epoch * BATCHES + trainer.fit_loop.batch_idx + 1 == self.number:
+            pl_module.edit.trainable()[0].grad.view(-1)[0] = torch.nan
 
 
 @pytest.fixture
@@ -217,3 +229,13 @@ def test_slurm_s_signal_requeues_the_job_which_goes_on(fit, tmp_path, monkeypatc
     assert again == drawn[9:]
     assert_same(whole, resumed, tmp_path)
     assert not (tmp_path / "cut" / "hpc_ckpt_1.ckpt").exists()
+
+
+@pytest.mark.parametrize("number", [8, 20])
+def test_the_last_good_state_reads_its_batches_again(fit, tmp_path, number):
+    whole, _ = fit("whole")
+    with pytest.raises(RunError, match="last-good"):
+        fit("bad", NumberGuard(), Spoil(number), default_root_dir=tmp_path)
+    again, _ = fit("again", ckpt=tmp_path / "last-good.ckpt")
+    for name, value in whole.edit.deltas().items():
+        assert torch.equal(again.edit.deltas()[name], value), name
