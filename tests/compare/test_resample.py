@@ -22,7 +22,7 @@ def test_expansion_is_the_width_of_a_t_interval_over_that_of_the_percentiles():
 def test_draws_depend_on_name_number_and_seed_alone():
     first = Resampler(50).counts("topics of phil", 6)
     other = Resampler(50)
-    other.counts("seeds of random", 5)
+    other.counts("seeds 0 1 2 3 4", 5)
     np.testing.assert_array_equal(other.counts("topics of phil", 6), first)
     assert (first.sum(1) == 6).all()
     for different in (Resampler(50).counts("topics of poli", 6), Resampler(50, seed=1).counts("topics of phil", 6)):
@@ -46,10 +46,10 @@ def test_a_draw_of_topics_pools_the_items_of_whole_topics():
 def test_a_draw_of_seeds_is_a_mean_of_seeds():
     values = np.array([[1.0, 10.0], [2.0, 10.0], [6.0, 10.0]])
     draw = Resampler(200)
-    found = draw.over_seeds(values, "random")
+    found = draw.over_seeds(values, np.arange(3))
     np.testing.assert_allclose(found.value, [3, 10])
     means = [
-        np.mean([values[seed, 0] for seed, times in enumerate(row) for _ in range(int(times))]) for row in draw.counts("seeds of random", 3)
+        np.mean([values[seed, 0] for seed, times in enumerate(row) for _ in range(int(times))]) for row in draw.counts("seeds 0 1 2", 3)
     ]
     np.testing.assert_allclose(found.draws[:, 0], 3 + expansion(3) * (np.array(means) - 3))
     np.testing.assert_allclose(found.draws[:, 1], 10)
@@ -58,16 +58,17 @@ def test_a_draw_of_seeds_is_a_mean_of_seeds():
 def test_both_draws_add_up_and_one_of_a_kind_varies_not():
     sums = np.random.default_rng(0).normal(size=(3, 2, 4))
     draw = Resampler(200)
-    both = draw.over_both(sums, COUNTS, "phil", "random")
+    runs = np.arange(3)
+    both = draw.over_both(sums, COUNTS, "phil", runs)
     topics = draw.over_topics(sums.mean(0), COUNTS, "phil")
-    seeds = draw.over_seeds(sums.sum(-1) / 8, "random")
+    seeds = draw.over_seeds(sums.sum(-1) / 8, runs)
     np.testing.assert_allclose(both.value, topics.value)
     np.testing.assert_allclose(both.draws - both.value, topics.draws - topics.value + seeds.draws - seeds.value, atol=1e-12)
-    one_seed = draw.over_both(sums[:1], COUNTS, "phil", "random")
+    one_seed = draw.over_both(sums[:1], COUNTS, "phil", runs[:1])
     np.testing.assert_allclose(one_seed.draws, draw.over_topics(sums[0], COUNTS, "phil").draws)
-    one_topic = draw.over_both(sums[..., :1], COUNTS[:1], "phil", "random")
-    np.testing.assert_allclose(one_topic.draws, draw.over_seeds(sums[..., 0], "random").draws)
-    nothing = draw.over_both(sums[:1, :, :1], COUNTS[:1], "phil", "random")
+    one_topic = draw.over_both(sums[..., :1], COUNTS[:1], "phil", runs)
+    np.testing.assert_allclose(one_topic.draws, draw.over_seeds(sums[..., 0], runs).draws)
+    nothing = draw.over_both(sums[:1, :, :1], COUNTS[:1], "phil", runs[:1])
     assert (nothing.draws == nothing.value).all()
 
 
@@ -86,7 +87,7 @@ def test_the_interval_of_normal_numbers_is_about_the_t_interval(n):
     ratios = []
     for seed in range(40):
         values = np.random.default_rng(seed).normal(size=n)
-        found = Resampler(2000, seed).over_seeds(values[:, None], "x").columns("x")
+        found = Resampler(2000, seed).over_seeds(values[:, None], np.arange(n)).columns("x")
         low, high = stats.t.interval(0.95, n - 1, values.mean(), stats.sem(values))
         ratios.append((found["x_high"][0] - found["x_low"][0]) / (high - low))
     assert np.mean(ratios) == pytest.approx(1, abs=0.06)
@@ -107,7 +108,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(spread):
     rng = np.random.default_rng(1)
     held = []
     for number in range(200):
-        found = Resampler(600, number).over_both(*simulate(rng, *spread), "phil", "random").columns("x")
+        found = Resampler(600, number).over_both(*simulate(rng, *spread), "phil", np.arange(5)).columns("x")
         held.append(found["x_low"][0] <= 0 <= found["x_high"][0])
     assert 0.90 <= np.mean(held) <= 0.99
 
@@ -118,27 +119,50 @@ def test_without_the_expansion_five_seeds_would_say_too_much():
     assert expected == pytest.approx(0.845, abs=0.003)
     rng, held = np.random.default_rng(2), []
     for number in range(400):
-        found = Resampler(600, number).over_seeds(rng.normal(size=(5, 1)), "random")
+        found = Resampler(600, number).over_seeds(rng.normal(size=(5, 1)), np.arange(5))
         low, high = np.quantile((found.draws - found.value) / expansion(5) + found.value, [0.025, 0.975])
         held.append(low <= 0 <= high)
     assert np.mean(held) == pytest.approx(expected, abs=0.05)
 
 
-def test_what_two_methods_share_goes_out_of_their_difference():
-    """Truth -0.2 beside topics that differ by 2: the difference is seen, and its interval holds the truth as often as it says."""
+def widths_and_held(one_seeds, other_seeds, of_topic, of_seed):
+    """Truth -0.2 beside topics and seeds whose effects both methods have: how often the interval of the difference holds it, and widths."""
     rng, held, widths, alone = np.random.default_rng(3), [], [], []
     for number in range(200):
         draw = Resampler(600, number)
-        shared, counts = rng.normal(0, 2, 10), rng.integers(1, 4, 10).astype(float)
+        shared, counts = rng.normal(0, of_topic, 10), rng.integers(1, 4, 10).astype(float)
+        of_run = rng.normal(0, of_seed, 20)
         one, other = (
             draw.over_both(
-                ((shared + shift + rng.normal(0, 0.1, (5, 1)) + rng.normal(0, 0.1, (5, 10))) * counts)[:, None], counts, "phil", name
+                ((shared + shift + of_run[seeds, None] + rng.normal(0, 0.1, (5, 1)) + rng.normal(0, 0.1, (5, 10))) * counts)[:, None],
+                counts,
+                "phil",
+                seeds,
             )
-            for name, shift in (("probe", -0.2), ("random", 0.0))
+            for seeds, shift in ((one_seeds, -0.2), (other_seeds, 0.0))
         )
         low, high = (float(end[0]) for name, end in (one - other).columns("x").items() if name != "x")
         held.append(low <= -0.2 <= high)
         widths.append(high - low)
         alone.append(float(np.diff([end[0] for name, end in one.columns("x").items() if name != "x"])[0]))
-    assert 0.90 <= np.mean(held) <= 0.99
-    assert np.mean(widths) < np.mean(alone) / 5
+    return np.mean(held), np.mean(widths), np.mean(alone)
+
+
+SEEDS = np.arange(5)
+
+
+def test_what_two_methods_share_goes_out_of_their_difference():
+    """Topics that differ by 2: the difference is seen, and its interval holds the truth as often as it says."""
+    held, width, alone = widths_and_held(SEEDS, SEEDS, 2, 0)
+    assert 0.90 <= held <= 0.99
+    assert width < alone / 5
+
+
+def test_what_seeds_share_goes_out_of_the_difference_of_methods_that_have_the_same():
+    """A seed draws the training records, so a lucky one is lucky for all methods. Others' seeds stand for themselves."""
+    held, width, alone = widths_and_held(SEEDS, SEEDS, 0, 2)
+    assert 0.90 <= held <= 0.99
+    assert width < alone / 5
+    held, width, alone = widths_and_held(SEEDS, SEEDS + 5, 0, 2)
+    assert 0.90 <= held <= 1
+    assert width > alone

@@ -86,12 +86,12 @@ def frontier(
     kl, strength, seed = (rows[name].to_numpy(np.float64) for name in ("kl", "strength", "seed"))
     usable = np.isfinite(kl) & np.isfinite(sums.after[numbers]).all(1) & (strength > 0)
     wanted, curves, reaches = np.asarray(levels, np.float64), [], []
-    for one in np.unique(seed):
+    for one in (seeds := np.unique(seed)):
         mine = usable & (seed == one)
         points = np.vstack([sums.before, sums.after[numbers[mine]]])  # [1 + P, T]
         curves.append(interpolation(kl[mine], wanted) @ points)
         reaches.append(kl[mine].max(initial=0.0))
-    after = draw.over_both(np.stack(curves), sums.counts, suite, f"{method} {examples}")
+    after = draw.over_both(np.stack(curves), sums.counts, suite, seeds)
     before = draw.over_topics(sums.before[None], sums.counts, suite)
     useless = ~usable & (strength > 0)
     lost = _lost(strength[useless], seed[useless])

@@ -10,8 +10,8 @@ A plain percentile interval is too narrow for a few seeds: with five, it would h
 draw is therefore stretched by ``expansion(n)``, after which the interval of a mean of n normal numbers is about the t
 interval (the "expanded percentile" of Hesterberg 2015, arXiv 1411.5279).
 
-One draw of topics serves all methods, and one draw of seeds all suites that its cells were measured on: what they share goes out of
-their differences.
+One draw of topics serves all methods, and one draw of seeds all suites and all methods that were trained with the same seeds: what
+they share goes out of their differences. A seed draws the training records and their order, so methods do share what it brings.
 
 Legend: S seeds, T topics, K numbers side by side, R draws.
 """
@@ -106,29 +106,29 @@ class Resampler:
         means = (drawn @ sums.T) / (drawn @ counts)[:, None]
         return Estimates(value, _stretched(means, value, len(counts)))
 
-    def over_seeds(self, values: Array, method: str) -> Estimates:
+    def over_seeds(self, values: Array, seeds: Array) -> Estimates:
         """Mean over seeds.
 
         Args:
             values: of each seed, [S, K].
-            method: name of the method, which the draw of seeds belongs to.
+            seeds: which they are, [S], sorted; whatever has the same seeds shares the draw.
         """
-        drawn = self.counts(f"seeds of {method}", len(values))
+        drawn = self.counts(f"seeds {' '.join(f'{seed:g}' for seed in seeds)}", len(values))
         value = values.mean(0)
         return Estimates(value, _stretched(drawn @ values / len(values), value, len(values)))
 
-    def over_both(self, sums: Array, counts: Array, suite: str, method: str) -> Estimates:
+    def over_both(self, sums: Array, counts: Array, suite: str, seeds: Array) -> Estimates:
         """Mean over seeds and items.
 
         Args:
             sums: of the items of each topic, by seed, [S, K, T].
             counts: items of each topic, [T].
             suite: name of the suite.
-            method: name of the method.
+            seeds: which they are, [S], sorted.
         """
         topics = self.over_topics(sums.mean(0), counts, suite)
-        seeds = self.over_seeds(sums.sum(-1) / counts.sum(), method)
-        return Estimates(topics.value, topics.draws + (seeds.draws - topics.value))
+        runs = self.over_seeds(sums.sum(-1) / counts.sum(), seeds)
+        return Estimates(topics.value, topics.draws + (runs.draws - topics.value))
 
 
 def _stretched(means: Array, value: Array, n: int) -> Array:

@@ -132,12 +132,12 @@ def _results(measured: Measured, draw: Resampler) -> pd.DataFrame:
     sums = {suite: {m: found for m in MEASURES if (found := measured.sums(suite, m)) is not None} for suite in measured.suites}
     blocks = []
     for method, examples in measured.groups:
-        trained, name = measured.trained_on(method, examples), f"{method} {examples}"
+        trained = measured.trained_on(method, examples)
         for rows in _with_the_same_seeds(measured.rows(method, examples)):
             key = {"method": method, "examples": examples, "strength": rows["strength"].unique()}
-            effects = _effects(rows, name, draw)
+            effects = _effects(rows, draw)
             for suite, by_measure in sums.items():
-                if columns := _suite_columns(by_measure, rows, suite, name, draw):
+                if columns := _suite_columns(by_measure, rows, suite, draw):
                     blocks.append(pd.DataFrame({**key, "suite": suite, "trained": suite in trained, **columns, **effects}))
     return pd.concat(blocks).sort_values(["method", "examples", "strength", "suite"], ignore_index=True)
 
@@ -149,7 +149,7 @@ def _with_the_same_seeds(rows: pd.DataFrame) -> list[pd.DataFrame]:
     return [part for _, part in rows.groupby(rows["strength"].map(seeds))]
 
 
-def _suite_columns(by_measure: Mapping[str, Sums], rows: pd.DataFrame, suite: str, method: str, draw: Resampler) -> dict[str, Any]:
+def _suite_columns(by_measure: Mapping[str, Sums], rows: pd.DataFrame, suite: str, draw: Resampler) -> dict[str, Any]:
     """Every measure of a suite before and after, at each of K strengths; empty where it was not measured there."""
     columns: dict[str, Any] = {}
     counts: dict[str, Any] = {"items": 0, "topics": 0, "seeds": 0}
@@ -163,7 +163,7 @@ def _suite_columns(by_measure: Mapping[str, Sums], rows: pd.DataFrame, suite: st
         after_sums[number.notna()] = sums.after[number.dropna().astype(int)]
         topics, seeds = len(sums.counts), len(rows) // k
         before = draw.over_topics(sums.before[None], sums.counts, suite)
-        after = draw.over_both(after_sums.reshape(k, seeds, topics).swapaxes(0, 1), sums.counts, suite, method)
+        after = draw.over_both(after_sums.reshape(k, seeds, topics).swapaxes(0, 1), sums.counts, suite, rows["seed"].unique())
         columns |= measure_columns(measure, before, after, topics, seeds, f"{measure}_")
         lost |= ~np.isfinite(after.value)
         counts = max(counts, {"items": int(sums.counts.sum()), "topics": topics, "seeds": seeds}, key=lambda c: int(c["items"]))
@@ -171,10 +171,10 @@ def _suite_columns(by_measure: Mapping[str, Sums], rows: pd.DataFrame, suite: st
     return {**counts, **columns, "note": notes}
 
 
-def _effects(rows: pd.DataFrame, method: str, draw: Resampler) -> dict[str, Any]:
+def _effects(rows: pd.DataFrame, draw: Resampler) -> dict[str, Any]:
     """Side effects and costs at each strength: means over seeds, with intervals for what may differ between them."""
     by_seed = {name: values.reshape(rows["strength"].nunique(), -1).T for name in CELL_NUMBERS for values in (rows[name].to_numpy(),)}
     columns: dict[str, Any] = {}
     for name in ("kl", "perplexity_after", "accuracy_after"):
-        columns |= draw.over_seeds(by_seed.pop(name), method).columns(name, rows["seed"].nunique() > 1)
+        columns |= draw.over_seeds(by_seed.pop(name), rows["seed"].unique()).columns(name, rows["seed"].nunique() > 1)
     return columns | {name: values.mean(0) for name, values in by_seed.items()}
