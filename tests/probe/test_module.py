@@ -166,6 +166,13 @@ def test_validating_keeps_the_numbers_of_the_fit(fit, features, given_features, 
     assert stored["test"]["examples"] == 30
 
 
+def test_a_fit_replaces_the_metrics_of_an_older_version(fit, tmp_path):
+    (tmp_path / "probe").mkdir()
+    (tmp_path / "probe" / "metrics.json").write_text('{"fit": {"accuracy": 2.0}}', encoding="utf-8")
+    module = fit()
+    assert read_json(module.out / "metrics.json", PROBE_METRICS)["fit"] == module.results["fit"]
+
+
 def test_a_negative_penalty_is_refused():
     with pytest.raises(UserError, match=r"--model.l2 -1: at least 0"):
         LinearProbe(l2=-1)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, BinaryCalibrationError
@@ -109,7 +110,7 @@ class LinearProbe(L.LightningModule):
 
     @override
     def on_validation_end(self) -> None:
-        if not self.trainer.sanity_checking and not self.trainer.training:
+        if self.trainer.state.fn is TrainerFn.VALIDATING:  # a fit writes at its end
             self._write_metrics()
 
     @override
@@ -125,7 +126,8 @@ class LinearProbe(L.LightningModule):
     def _write_metrics(self) -> None:
         if self.trainer.is_global_zero:
             path = self.out / "metrics.json"
-            of_the_fit = read_json(path, PROBE_METRICS) if "fit" not in self.results and path.is_file() else {}
+            fitting = self.trainer.state.fn is TrainerFn.FITTING  # then what lies there is of another fit, maybe of an older version
+            of_the_fit = read_json(path, PROBE_METRICS) if not fitting and path.is_file() else {}
             write_json(path, {"format": PROBE_METRICS, **self.origin, "l2": self.l2, **of_the_fit, **self.results})
 
     def raw_weights(self) -> dict[int, Tensor]:
