@@ -19,14 +19,22 @@ SOURCE = are_you_sure.SOURCE
 ROOT = Path(__file__).parent.parent
 
 
+def stages_of(config):
+    return {name: make().config for name, make in plan(config, Path("runs")).items()}
+
+
 def test_every_stage_of_the_shipped_configuration_reads_the_behaviour():
-    planned = plan(read_run_config(ROOT / "configs" / "are-you-sure.yaml"), Path("runs"))
-    stages = {name: make().config for name, make in planned.items()}
-    assert {name: stages[name]["data"]["records"] for name in ("sae", "probe", "probe-residual", "tuning")} == dict.fromkeys(
-        ("sae", "probe", "probe-residual", "tuning"), SOURCE
-    )
+    stages = stages_of(read_run_config(ROOT / "configs" / "are-you-sure.yaml"))
+    assert list(stages) == ["selection", "tuning", "evaluation"]
+    assert stages["selection"]["records"] == stages["tuning"]["data"]["records"] == SOURCE
     assert stages["evaluation"]["suites"] == [SOURCE]
     assert stages["evaluation"]["trained_on"] == SOURCE
+
+
+def test_with_the_papers_choice_its_saes_and_probes_read_the_behaviour_as_well():
+    stages = stages_of({**read_run_config(ROOT / "configs" / "paper.yaml"), "records": SOURCE})
+    for name in ("sae", "probe", "probe-residual", "tuning"):
+        assert stages[name]["data"]["records"] == SOURCE
 
 
 @pytest.fixture
