@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial
 
 from bad_neurons.compare.sweep import within
@@ -48,7 +48,7 @@ def plot_sweep(
         if places:
             ax.set_xticks(range(len(places)), [str(choice) for choice in places])
             ax.margins(x=0.3)
-        elif getattr(values, "log", False):
+        elif isinstance(values, FloatDistribution | IntDistribution) and values.log:
             ax.set_xscale("log")  # three labelled ticks: matplotlib's own overlap within a decade or two
             ax.set_xticks(ticks := np.geomspace(values.low, values.high, 3), [f"{tick:.2g}" for tick in ticks])
             ax.xaxis.set_minor_formatter(NullFormatter())
