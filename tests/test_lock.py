@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import platform
@@ -91,6 +92,18 @@ def test_a_lock_file_that_its_owner_removes_meanwhile_is_not_taken_for_the_lock(
         monkeypatch.undo()
         with pytest.raises(UserError, match="another bad-neurons"):
             sole_writer(tmp_path).__enter__()
+
+
+def test_a_full_disk_leaves_nothing_locked(tmp_path, monkeypatch):
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)") as kept, sole_writer(tmp_path):  # noqa: F841
+            raise AssertionError("not reached")
+    with sole_writer(tmp_path):  # though the error above, with its frames, still lives
+        pass
 
 
 def test_of_several_ranks_the_first_one_locks(tmp_path, monkeypatch):

@@ -67,8 +67,12 @@ def _locked(folder: Path) -> int | None:
                 _refuse(handle, folder, error)
                 return None
             if _is_it(handle, path):
-                os.truncate(handle, 0)
-                os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+                try:
+                    os.truncate(handle, 0)
+                    os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+                except OSError:  # a full disk; an open handle would go on locking the folder
+                    os.close(handle)
+                    raise
                 return handle
             os.close(handle)
     except OSError as error:

@@ -154,6 +154,7 @@ def join(devices: int) -> Rank:
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     fabric = Fabric(accelerator=accelerator, devices=devices or there.here, num_nodes=max(1, there.world // there.here), strategy="ddp")
     fabric.launch()
+    fabric.barrier()  # one that failed while others still connect would leave them with an error of the network instead of its message
     return Rank(fabric.global_rank, fabric.world_size, fabric.barrier, str(fabric.device))
 
 
