@@ -12,7 +12,7 @@ import yaml
 from bad_neurons.cli import main
 from helpers import tiny_run_config
 
-WAYS = ("random", "gradient", "contrast", "fisher", "fisher_step", "heads")
+WAYS = ("random", "gradient", "contrast", "fisher", "fisher_step", "kfac", "heads")
 METHODS = {
     "random": {"select": {"way": "random"}},
     "LoRA": {"correction": "lora", "lora": {"rank": 1}},

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from bad_neurons.data.records import Record
 from bad_neurons.models.load import LanguageModel
-from bad_neurons.models.prompts import tokenize
+from bad_neurons.models.prompts import tokenize, tokenize_text
+from bad_neurons.selection.ways.fisher import TEXT_TOKENS
 
 LAYERS = [1, 3]
 MATRICES = ("gate_proj", "up_proj", "down_proj")
@@ -73,3 +74,22 @@ def untouched(lm: LanguageModel) -> bool:
     """Whether a model has no hook, no gradient and nothing that asks for one."""
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in m.__dict__) for m in lm.model.modules())
     return not hooks and all(p.grad is None and not p.requires_grad for p in lm.model.parameters())
+
+
+def drawn_texts(lm: LanguageModel, seed: int = 0) -> list[tuple[list[int], Tensor]]:
+    """Token ids of each text, longest first as they are batched, and the tokens that the model draws behind all but the last."""
+    sequences = sorted((tokenize_text(lm.tokenizer, text)[:TEXT_TOKENS] for text in TEXTS), key=len, reverse=True)
+    u = torch.rand(sum(len(ids) - 1 for ids in sequences), generator=torch.Generator().manual_seed(seed)).double()
+    start = 0
+    found: list[tuple[list[int], Tensor]] = []
+    for ids in sequences:
+        with torch.no_grad():
+            held = lm.model(input_ids=torch.tensor([ids])).logits[0, :-1].double().softmax(-1).cumsum(-1)
+        found.append((ids, torch.searchsorted(held, u[start : start + len(held), None], right=True).squeeze(1)))
+        start += len(held)
+    return found
+
+
+def drawn_log_prob(lm: LanguageModel, ids: list[int], drawn: Tensor) -> Tensor:
+    """Summed log-probability of the drawn tokens."""
+    return lm.model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1).gather(1, drawn[:, None]).sum()

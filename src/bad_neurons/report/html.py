@@ -41,6 +41,7 @@ _WAYS = {
     "contrast": "the difference of activations between agreeing and disagreeing answers",
     "fisher": "effect ({objective}) for side effect, weight by weight",
     "fisher_step": "effect ({objective}) for side effect, along each neuron's gradient",
+    "kfac": "effect ({objective}) for side effect, row by row and column by column",
     "heads": "the share of the pull to the person that goes through each attention head",
 }
 _MACHINE = {"processor": "", "cores": " cores", "device": "", "system": ""}

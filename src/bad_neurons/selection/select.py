@@ -53,8 +53,9 @@ def select(
     Args:
         model: ``packaged:<name>``, a folder, or a hub id.
         way: how neurons are scored: by a ``probe`` (the paper's way), at ``random``, by the ``gradient`` of the behaviour, by the
-            ``contrast`` of activations, or by effect for side effect, with the curvature of each weight (``fisher``) or of each
-            neuron's own direction (``fisher_step``), or attention ``heads`` by how much of the person's pull goes through them.
+            ``contrast`` of activations, or by effect for side effect, with the curvature of each weight (``fisher``), of each
+            row and column (``kfac``) or of each neuron's own direction (``fisher_step``), or attention ``heads`` by how much of
+            the person's pull goes through them.
         layers: candidate layers; None takes the probe's.
         probe: ``probe.safetensors`` of a probe on SAE or on residual features; without the way ``probe`` only its layers are read,
             and only where none are given.
@@ -64,11 +65,12 @@ def select(
         test: share of the topics for the test.
         split_seed: seed of the division of topics.
         max_records: at most so many training records, drawn evenly over topics; 0 means all.
-        text: source of the unrelated text for ``fisher`` and ``fisher_step`` (``python-docs``, a file, a folder, ``hub:<dataset>``).
+        text: source of the unrelated text for ``fisher``, ``kfac`` and ``fisher_step`` (``python-docs``, a file, a folder,
+            ``hub:<dataset>``).
         max_texts: at most so many paragraphs of it, of which the first 64 tokens are read.
         objective: what the behaviour is for the ways that take its gradient: the opinion shift (``odds``), or what the tuning
             target ``neutral`` minimises.
-        damping: share of the mean curvature that ``fisher`` and ``fisher_step`` add to each.
+        damping: share of the mean curvature that ``fisher``, ``kfac`` and ``fisher_step`` add to each.
         out: folder for ``neurons.json``, and for ``weights.png`` (way ``probe``).
         axis: what a neuron is: an index of the hidden size (``residual``, the paper's text), or of the MLP's
             intermediate size, or a query head of the attention (``heads``).

@@ -10,26 +10,8 @@ from bad_neurons.errors import UserError
 from bad_neurons.models.prompts import tokenize_text
 from bad_neurons.selection.ways import scores_of
 from bad_neurons.selection.ways.behaviour import behaviour_gradients
-from bad_neurons.selection.ways.fisher import TEXT_TOKENS, curvature_along, fisher_diagonal
-from ways_by_hand import LAYERS, MATRICES, TEXTS, UNITS, owned, trainable, untouched
-
-
-def drawn_texts(lm, seed=0):
-    """Token ids of each text, longest first as they are batched, and the tokens that the model draws behind all but the last."""
-    sequences = sorted((tokenize_text(lm.tokenizer, text)[:TEXT_TOKENS] for text in TEXTS), key=len, reverse=True)
-    u = torch.rand(sum(len(ids) - 1 for ids in sequences), generator=torch.Generator().manual_seed(seed)).double()
-    found, start = [], 0
-    for ids in sequences:
-        with torch.no_grad():
-            held = lm.model(input_ids=torch.tensor([ids])).logits[0, :-1].double().softmax(-1).cumsum(-1)
-        found.append((ids, torch.searchsorted(held, u[start : start + len(held), None], right=True).squeeze(1)))
-        start += len(held)
-    return found
-
-
-def drawn_log_prob(lm, ids, drawn):
-    """Summed log-probability of the drawn tokens."""
-    return lm.model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1).gather(1, drawn[:, None]).sum()
+from bad_neurons.selection.ways.fisher import curvature_along, fisher_diagonal
+from ways_by_hand import LAYERS, MATRICES, TEXTS, UNITS, drawn_log_prob, drawn_texts, owned, trainable, untouched
 
 
 class OneWeightAPosition:

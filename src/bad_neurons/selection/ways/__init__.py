@@ -16,6 +16,7 @@ from bad_neurons.selection.ways.contrast import contrast_scores
 from bad_neurons.selection.ways.fisher import fisher_scores, fisher_step_scores
 from bad_neurons.selection.ways.gradient import gradient_scores
 from bad_neurons.selection.ways.heads import head_scores
+from bad_neurons.selection.ways.kfac import kfac_scores
 from bad_neurons.selection.ways.material import Material, Objective, Way
 from bad_neurons.selection.ways.probe import probe_scores
 from bad_neurons.selection.ways.random import random_scores
@@ -23,7 +24,7 @@ from bad_neurons.selection.ways.random import random_scores
 __all__ = ["READS", "WAYS", "Material", "Objective", "Way", "WayName", "scores_of"]
 
 Need = Literal["probe", "records", "texts"]
-WayName = Literal["probe", "random", "gradient", "contrast", "fisher", "fisher_step", "heads"]
+WayName = Literal["probe", "random", "gradient", "contrast", "fisher", "fisher_step", "kfac", "heads"]
 
 WAYS: dict[WayName, Way] = {
     "probe": probe_scores,
@@ -32,6 +33,7 @@ WAYS: dict[WayName, Way] = {
     "contrast": contrast_scores,
     "fisher": fisher_scores,
     "fisher_step": fisher_step_scores,
+    "kfac": kfac_scores,
     "heads": head_scores,
 }
 
@@ -43,6 +45,7 @@ READS: dict[WayName, tuple[Need, ...]] = {
     "contrast": ("records",),
     "fisher": ("records", "texts"),
     "fisher_step": ("records", "texts"),
+    "kfac": ("records", "texts"),
     "heads": ("records",),
 }
 

@@ -66,7 +66,7 @@ def fisher_diagonal(material: Material) -> dict[Matrix, Tensor]:
     def add(at: Matrix, x: Tensor, g: Tensor) -> None:
         found[at].addmm_(g.flatten(0, 1).square().T, x.flatten(0, 1).square())
 
-    tokens = sum(_each_text_batch(material, add))
+    tokens = sum(each_text_batch(material, add))
     return {at: F / tokens for at, F in found.items()}
 
 
@@ -84,13 +84,13 @@ def curvature_along(material: Material, directions: dict[Matrix, Tensor]) -> dic
         texts[at[0]] = texts[at[0]] + along if at[0] in texts else along
 
     tokens, found = 0, dict.fromkeys(material.layers, torch.zeros(material.units, device=material.view.device))
-    for count in _each_text_batch(material, add):
+    for count in each_text_batch(material, add):
         found = {layer: total + texts.pop(layer).square().sum(0) for layer, total in found.items()}
         tokens += count
     return {layer: total / tokens for layer, total in found.items()}
 
 
-def _each_text_batch(material: Material, visit: Callable[[Matrix, Tensor, Tensor], None]) -> Iterator[int]:
+def each_text_batch(material: Material, visit: Callable[[Matrix, Tensor, Tensor], None]) -> Iterator[int]:
     """Backward passes from drawn tokens over batches of texts, one text a row; gives the number of drawn tokens of each.
 
     Tokens are drawn from the model with the material's seed.
